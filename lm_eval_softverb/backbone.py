@@ -191,11 +191,11 @@ class Backbone:
         with self._head_at(keep):
             return self.model(**arguments).logits  # type: ignore[no-any-return]
 
-    def seq2seq_logits(self, embeds: Tensor, attention_mask: Tensor, decoder_embeds: Tensor, keep: Tensor) -> Tensor:
-        """Logits [K, V] of an encoder-decoder at the true positions of ``keep`` [B, T] over the decoder's inputs."""
+    def seq2seq_logits(self, embeds: Tensor, attention_mask: Tensor, decoder_ids: Tensor, keep: Tensor) -> Tensor:
+        """Logits [K, V] of an encoder-decoder at the true positions of ``keep`` [B, T] over ``decoder_ids`` [B, T]."""
         with self._head_at(keep):
             return self.model(  # type: ignore[no-any-return]
-                inputs_embeds=embeds, attention_mask=attention_mask, decoder_inputs_embeds=decoder_embeds, use_cache=False
+                inputs_embeds=embeds, attention_mask=attention_mask, decoder_input_ids=decoder_ids, use_cache=False
             ).logits
 
     @contextmanager

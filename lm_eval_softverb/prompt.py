@@ -100,8 +100,6 @@ class SoftPrompt:
         fingerprint: the base model they were trained on; None for folders made elsewhere.
         info: how it was made (seed, data hash, losses, versions, settings); free-form JSON.
         source: folder it was read from, for messages.
-        decoder_rows: of the n rows, how many belong before the decoder's input (sequence-to-sequence prompts that PEFT
-            trains with two submodules); they come last.
     """
 
     embeddings: torch.Tensor
@@ -109,7 +107,6 @@ class SoftPrompt:
     fingerprint: Fingerprint | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
-    decoder_rows: int = 0
 
     def __post_init__(self) -> None:
         import torch
@@ -134,7 +131,7 @@ class SoftPrompt:
     def id(self) -> str:
         """``sp-`` and a hash of the rows and the frame; the same vectors in another frame are another prompt."""
         digest = hashlib.sha256(self.embeddings.detach().cpu().contiguous().numpy().tobytes())
-        digest.update(storage.sha256_json([list(self.embeddings.shape), self.frame.to_json(), self.decoder_rows]).encode())
+        digest.update(storage.sha256_json([list(self.embeddings.shape), self.frame.to_json()]).encode())
         return f"sp-{digest.hexdigest()[:16]}"
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -143,7 +140,6 @@ class SoftPrompt:
         """Writes the PEFT folder and, last, ``softprompt.json``, so that its presence means complete."""
         folder = Path(folder)
         storage.require_writable(folder)
-        n = self.n - self.decoder_rows
         storage.write_tensors(folder / WEIGHTS, {"prompt_embeddings": self.embeddings})
         storage.write_json(
             folder / ADAPTER_CONFIG,
@@ -151,9 +147,9 @@ class SoftPrompt:
                 "peft_type": "PROMPT_TUNING",
                 "task_type": self.info.get("task_type", "CAUSAL_LM"),
                 "base_model_name_or_path": self.fingerprint.name if self.fingerprint else None,
-                "num_virtual_tokens": n,
+                "num_virtual_tokens": self.n,
                 "token_dim": self.hidden_size,
-                "num_transformer_submodules": 2 if self.decoder_rows else 1,
+                "num_transformer_submodules": 1,
                 "prompt_tuning_init": "RANDOM",
                 "inference_mode": True,
             },
@@ -197,9 +193,10 @@ class SoftPrompt:
                 f"{weights} has {embeddings.shape[0]} rows, but {ADAPTER_CONFIG} says {expected} "
                 f"({config['num_virtual_tokens']} virtual tokens x {config['num_transformer_submodules']} submodules)."
             )
-        decoder_rows = config["num_virtual_tokens"] if config["num_transformer_submodules"] == 2 else 0
+        # PEFT gives encoder-decoder prompts twice the rows and reads only the first half (before the encoder's input).
+        embeddings = embeddings[: config["num_virtual_tokens"]].contiguous()
         if not (path / SIDECAR).exists():
-            return cls(embeddings, source=str(path), decoder_rows=decoder_rows)
+            return cls(embeddings, source=str(path))
         sidecar = storage.read_json(path / SIDECAR)
         if not isinstance(sidecar, dict) or sidecar.get("schema") != SCHEMA:
             got = sidecar.get("schema") if isinstance(sidecar, dict) else type(sidecar).__name__
@@ -219,7 +216,6 @@ class SoftPrompt:
             fingerprint=Fingerprint.from_json(fingerprint) if fingerprint is not None else None,
             info=info,
             source=str(path),
-            decoder_rows=decoder_rows,
         )
 
     def check_fits(self, model: Fingerprint, *, force: bool = False) -> list[str]:

@@ -1,0 +1,1 @@
+"""Rows that prompts are trained on and scored with."""

@@ -1,0 +1,206 @@
+"""Generation from rows of real and virtual tokens: one prefix for all rows, finished rows leave the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+
+from lm_eval_softverb.backbone import Backbone, Prefix
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Decoding settings with the names and meanings of transformers' ``GenerationConfig``; the default is greedy."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+
+    @classmethod
+    def known(cls) -> frozenset[str]:
+        return frozenset(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, model_config: Any, settings: Mapping[str, Any]) -> Sampling:
+        """``settings`` over the model's own generation defaults, as ``model.generate`` would combine them."""
+        values = {name: getattr(model_config, name, None) for name in cls.known()} | dict(settings)
+        given = {name: value for name, value in values.items() if value is not None}
+        if "do_sample" not in settings:
+            given["do_sample"] = bool(settings.get("temperature"))
+        return cls(**given)
+
+    def processors(self) -> LogitsProcessorList:
+        from transformers.generation import logits_process as lp
+
+        out = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            out.append(lp.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.no_repeat_ngram_size > 0:
+            out.append(lp.NoRepeatNGramLogitsProcessor(self.no_repeat_ngram_size))
+        if self.do_sample:
+            if self.temperature != 1.0:
+                out.append(lp.TemperatureLogitsWarper(self.temperature))
+            if self.top_k > 0:
+                out.append(lp.TopKLogitsWarper(self.top_k))
+            if self.top_p < 1.0:
+                out.append(lp.TopPLogitsWarper(self.top_p))
+            if self.min_p > 0.0:
+                out.append(lp.MinPLogitsWarper(self.min_p))
+            if self.typical_p < 1.0:
+                out.append(lp.TypicalLogitsWarper(self.typical_p))
+        return out
+
+    @property
+    def reads_text(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
+
+class _Buffered(DynamicLayer):
+    """A cache layer with room for the whole generation: appending a token copies that token, not everything before it."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _, size = key_states.shape
+            self._k = key_states.new_empty(batch, heads, self.capacity, size)
+            self._v = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        self._k[:, :, start:end] = key_states
+        self._v[:, :, start:end] = value_states
+        self.keys, self.values = self._k[:, :, :end], self._v[:, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        end = self.get_seq_length()
+        self._k, self._v = self._k[indices], self._v[indices]
+        self.keys, self.values = self._k[:, :, :end], self._v[:, :, :end]
+
+
+def _cache(backbone: Backbone, prefix: Prefix | None, batch: int, capacity: int) -> DynamicCache:
+    cache = DynamicCache(config=backbone.model.config)
+    cache.layers = [_Buffered(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for index, (keys, values) in enumerate(prefix.layers if prefix else ()):
+        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+    return cache
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone,
+    rows: Tensor,
+    contexts: Sequence[Sequence[int]],
+    *,
+    prefix: Prefix | None = None,
+    max_new_tokens: int,
+    finished: Callable[[list[int]], bool],
+    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Continues each context (ids, virtual ones included) of a causal model.
+
+    Every row gets the answer it would get alone: padding is masked and positions count real tokens only; with sampling
+    each row has its own random stream, ``seeds[i]``.
+
+    Args:
+        prefix: keys and values of the first ``prefix.length`` ids, which all contexts share.
+        finished: told the new ids of a row after each step; true ends the row (its last id included in the answer).
+
+    Returns:
+        New ids per row; an end-of-sequence id ends a row and is not included.
+    """
+    skip = prefix.length if prefix else 0
+    suffixes = [list(c[skip:]) for c in contexts]
+    ids = backbone.tensor(suffixes, left=True)
+    batch, width = ids.shape
+    real = backbone.tensor([[1] * len(s) for s in suffixes], left=True)
+    mask = torch.cat([real.new_ones(batch, skip), real], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
+    cache = _cache(backbone, prefix, batch, skip + width + max_new_tokens)
+    processors, eos = sampling.processors(), eos_ids(backbone)
+    streams = [torch.Generator().manual_seed(s) for s in seeds or range(batch)] if sampling.do_sample else []
+
+    answers: list[list[int]] = [[] for _ in contexts]
+    active = list(range(batch))
+    keep = torch.zeros(batch, width, dtype=torch.bool)
+    keep[:, -1] = True
+    embeds = backbone.embed(ids, rows)
+    for _ in range(max_new_tokens):
+        logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions).float()
+        if processors:
+            seen = _real_ids(contexts, answers, active, backbone) if sampling.reads_text else ids[:, -1:]
+            logits = processors(seen, logits)
+        chosen = _pick(logits, [streams[i] for i in active] if streams else [])
+        going = []
+        for place, (row, token) in enumerate(zip(active, chosen, strict=True)):
+            if token in eos:
+                continue
+            answers[row].append(token)
+            if not finished(answers[row]):
+                going.append(place)
+        if not going:
+            break
+        if len(going) < len(active):
+            select = torch.tensor(going, device=ids.device)
+            cache.batch_select_indices(select)
+            mask, positions = mask[select], positions[select]
+            active, chosen = [active[p] for p in going], [chosen[p] for p in going]
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        embeds = backbone.embed(torch.tensor(chosen, device=ids.device)[:, None], rows)
+        keep = torch.ones(len(active), 1, dtype=torch.bool)
+    return answers
+
+
+def _pick(logits: Tensor, streams: list[torch.Generator]) -> list[int]:
+    if not streams:
+        return logits.argmax(-1).tolist()
+    probabilities = logits.softmax(-1).cpu()
+    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, streams, strict=True)]
+
+
+def _real_ids(contexts: Sequence[Sequence[int]], answers: list[list[int]], active: list[int], backbone: Backbone) -> Tensor:
+    """Text read and written so far, for processors that look at it: a soft prompt has no ids to penalise."""
+    texts = [[t for t in contexts[i] if t >= 0] + answers[i] for i in active]
+    width = max(map(len, texts))
+    # Repeating the first token on the left adds nothing to the set of seen tokens.
+    return torch.tensor([[(t or [0])[0]] * (width - len(t)) + t for t in texts], device=backbone.device)
+
+
+def eos_ids(backbone: Backbone) -> frozenset[int]:
+    """All ids that end a generation: the model's own and the tokenizer's."""
+    own = getattr(backbone.model.generation_config, "eos_token_id", None)
+    ids = set(own if isinstance(own, list) else [own]) | {backbone.tokenizer.eos_token_id}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+@torch.no_grad()
+def generate_stock(
+    backbone: Backbone, rows: Tensor, contexts: Sequence[Sequence[int]], *, max_new_tokens: int, **settings: Any
+) -> list[list[int]]:
+    """``model.generate`` on the embedded contexts, without a shared prefix: beams, encoder-decoders, anything exotic."""
+    ids = backbone.tensor(contexts, left=not backbone.is_seq2seq)
+    mask = backbone.tensor([[1] * len(c) for c in contexts], left=not backbone.is_seq2seq)
+    out = backbone.model.generate(
+        inputs_embeds=backbone.embed(ids, rows),
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=backbone.tokenizer.pad_token_id,
+        **settings,
+    )
+    return out.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Classes the harness runs: everything here is an ``lm_eval`` model."""

@@ -1,0 +1,439 @@
+"""``--model softprompt``: a frozen model of transformers read with a soft prompt, scored by lm-evaluation-harness.
+
+    lm_eval --model softprompt --model_args pretrained=smollm2-135m,peft=DIR --tasks softverb_sst2_mc
+
+The stock model is run, not PEFT's wrapper. Without ``peft=`` and ``bank=`` there is no prompt, which is the control.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+import lm_eval_softverb
+from lm_eval_softverb import storage
+from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.bank import Bank
+from lm_eval_softverb.batching import Counters, batches, halving, leading_virtual, shared_length
+from lm_eval_softverb.decoding import Sampling, generate, generate_stock
+from lm_eval_softverb.errors import ConfigError, DataError, FrameError
+from lm_eval_softverb.frame import Frame, virtual_ids
+from lm_eval_softverb.models import ledger as ledgers
+from lm_eval_softverb.models.chat import render_chat
+from lm_eval_softverb.models.scoring import Ids, loglikelihoods, seq2seq_loglikelihoods, supports_branching
+from lm_eval_softverb.pretrained import DEFAULT, loading, locate
+from lm_eval_softverb.prompt import SoftPrompt
+
+log = logging.getLogger(__name__)
+Kind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
+
+
+@register_model("softprompt")
+class SoftPromptLM(HFLM):
+    """HFLM whose every request is read with the vectors of a soft prompt in their place.
+
+    Args:
+        pretrained: hub id, folder, or the packaged name ``smollm2-135m``.
+        peft: folder (or hub id) of one soft prompt.
+        bank: folder of many; each document takes the one its ``prompt_field`` names, else the one of its task.
+        prompt_field: name of that document field.
+        force: score a prompt on another base model or tokenizer than it was trained on; the results record it.
+        kwargs: everything else HFLM takes (``dtype``, ``device``, ``batch_size``, ``max_length``, …).
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = DEFAULT,
+        peft: str | None = None,
+        bank: str | None = None,
+        prompt_field: str = "prompt_id",
+        force: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if peft and bank:
+            raise ConfigError("Pass peft=DIR for one soft prompt or bank=DIR for many, not both.")
+        # Prompts are small and untrusted: refuse a bad one before gigabytes of weights are loaded.
+        self.bank = Bank.load(bank) if bank else None
+        self.prompts = self.bank.prompts if self.bank else (SoftPrompt.load(str(peft)),) if peft else ()
+        self.prompt_field = prompt_field
+        name = pretrained if isinstance(pretrained, str) else str(getattr(pretrained, "name_or_path", ""))
+        if isinstance(pretrained, str):
+            with loading(pretrained):
+                super().__init__(pretrained=locate(pretrained), **kwargs)
+        else:
+            super().__init__(pretrained=pretrained, **kwargs)
+        self.backbone = Backbone(self.model, self.tokenizer, name, self.revision)
+        fingerprint = self.backbone.fingerprint
+        self.overrides = {p.id: d for p in self.prompts if (d := p.check_fits(fingerprint, force=bool(force)))}
+        for prompt, differences in self.overrides.items():
+            log.warning("force=true: scoring %s on another base model (%s)", prompt, "; ".join(differences))
+        self.rows = self.backbone.stack(self.prompts)
+        self._virtual: list[list[int]] = []
+        for prompt in self.prompts:
+            self._virtual.append(virtual_ids(sum(map(len, self._virtual)), prompt.n))
+        self.branching = supports_branching(self.backbone)
+        self.counters = Counters()
+        self.ledger: ledgers.Ledger | None = None
+        self._chat = False
+
+    # --- identity ----------------------------------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        """Room for text: the model's context less the virtual tokens of the longest prompt."""
+        return self._window - max((p.n for p in self.prompts), default=0)
+
+    @property
+    def _window(self) -> int:
+        return int(super().max_length)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what decides an answer beside the request and its prompt: base model, dtype, context, code version."""
+        base = self.backbone.fingerprint
+        return storage.sha256_json(
+            [
+                lm_eval_softverb.__version__,
+                sorted(base.sketch.items()),
+                [base.tokenizer_sha256, str(self.model.dtype), self._window, str(self.softmax_dtype)],
+                [self.add_bos_token, self.custom_prefix_token_id, self.truncation, self.think_end_token],
+                str(self.tokenizer.chat_template) if self._chat else None,
+            ]
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name under which the harness caches rendered requests; a frame changes them, so the prompts are part of it.
+
+        The harness asks for it only when requests are rendered by the chat template, also when it then takes them from its
+        cache: from here on texts carry the slot mark.
+        """
+        self._chat = True
+        return "--".join([super().tokenizer_name, "softverb", self._prompts_id()])
+
+    def _prompts_id(self) -> str:
+        ids = [p.id for p in self.prompts]
+        return ids[0] if len(ids) == 1 else f"{len(ids)}-{storage.sha256_json(ids)[:16]}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """HFLM's facts and ours: which prompt, on which weights, forced or not, and what was cut or split on the way."""
+        one = self.prompts[0] if len(self.prompts) == 1 else None
+        fingerprint = self.backbone.fingerprint
+        return {
+            **super().get_model_info(),
+            "softprompt": {
+                "version": lm_eval_softverb.__version__,
+                "prompts": self._prompts_id() if self.prompts else "none",
+                "bank": self.bank.source if self.bank else None,
+                "virtual_tokens": sorted({p.n for p in self.prompts}),
+                "frame": one.frame.to_json() if one else None,
+                "info": dict(one.info) if one else None,
+                "base_model": {
+                    "name": fingerprint.name,
+                    "hidden_size": fingerprint.hidden_size,
+                    "tokenizer_sha256": fingerprint.tokenizer_sha256,
+                    "identity": self.identity,
+                },
+                "forced_despite": self.overrides,
+                "n_truncated": self.counters.truncated,
+                "n_from_cache": self.counters.from_cache,
+                "n_out_of_memory_splits": self.counters.out_of_memory,
+                "n_system_folded": self.counters.system_folded,
+                "cache_quarantined": self.ledger.quarantined if self.ledger else None,
+                "branching": self.branching,
+            },
+        }
+
+    # --- rendering ---------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """HFLM's, with the prompt's frame in the last user turn; a system message is folded in, never dropped."""
+        self._chat = True
+        frames = {p.frame for p in self.prompts if p.frame.in_user_turn}
+        if len(frames) > 1:
+            raise FrameError(
+                f"Bank {self.bank.source if self.bank else ''} holds {len(frames)} different user-turn frames, but a chat is "
+                "rendered before its prompt is known. Score prompts of one frame at a time."
+            )
+        messages = next(iter(frames)).wrap_chat(chat_history) if frames else chat_history
+        text, folded = render_chat(self.tokenizer, messages, add_generation_prompt, self.chat_template_args)
+        self.counters.system_folded += folded
+        return text
+
+    def _place(self, request: Instance) -> int | None:
+        """Index of the prompt of one request; None without prompts."""
+        if self.bank:
+            return self.bank.place(request.doc or {}, request.task_name, self.prompt_field)
+        return 0 if self.prompts else None
+
+    def _encode(self, text: str, place: int | None) -> list[int]:
+        """Ids of a context with its prompt in place."""
+        if place is None:
+            return list(self.tok_encode(text)) if text else []
+        frame = self.prompts[place].frame
+
+        def tokenize(part: str, first: bool) -> list[int]:
+            return list(self.tok_encode(part) if first else self.tok_encode(part, add_special_tokens=False)) if part else []
+
+        return frame.encode(
+            text, self._virtual[place], tokenize, self.tokenizer.bos_token_id, rendered=self._chat and frame.in_user_turn
+        )
+
+    def _encode_request(self, context: str, continuation: str, place: int | None) -> tuple[Ids, Ids]:
+        """HFLM's splitting rules, with the prompt in place: trailing blanks belong to the continuation."""
+        if context == "":
+            # As HFLM: BOS (or EOS) stands for the empty context, unless the continuation brings it.
+            ids = list(self.tok_encode(continuation, add_special_tokens=False))
+            head, rest = ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
+            return tuple(self._lead(head, place)), tuple(rest)
+        if blanks := len(context) - len(context.rstrip()):
+            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        if self.backend == "seq2seq":
+            return tuple(self._encode(context, place)), tuple(self.tok_encode(continuation, add_special_tokens=False))
+        head_ids = self._encode(context, place)
+        return tuple(head_ids), tuple(self._encode(context + continuation, place)[len(head_ids) :])
+
+    def _lead(self, ids: list[int], place: int | None) -> list[int]:
+        """``ids`` with the prompt in front, for text without a user turn (rolling windows, empty contexts)."""
+        if place is None:
+            return ids
+        frame, bos = self.prompts[place].frame, self.tokenizer.bos_token_id
+        plain = Frame(frame.placement) if not frame.in_user_turn else Frame()
+        return plain.encode("", self._virtual[place], lambda _t, _f: ids, bos)
+
+    def _fit(self, context: Ids, room: int) -> Ids:
+        """``context`` cut on the left to ``room`` ids; virtual tokens and a leading BOS stay."""
+        excess = len(context) - room
+        if excess <= 0:
+            return context
+        cuttable = [i for i, t in enumerate(context) if t >= 0 and not (i == 0 and t == self.tokenizer.bos_token_id)]
+        if len(cuttable) <= excess:
+            raise DataError(
+                f"A request needs more room than the model's context of {self._window} tokens leaves: {len(context)} context "
+                f"tokens, {room} fit. Shorten the continuation or max_gen_toks, or use a model with a longer context."
+            )
+        self.counters.truncated += 1
+        gone = set(cuttable[:excess])
+        return tuple(t for i, t in enumerate(context) if i not in gone)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        if self.enable_thinking:
+            raise ConfigError("enable_thinking=true does not go with log-likelihood tasks; use generate_until tasks.")
+
+        def compute(part: list[Instance], done: Callable[[int, tuple[float, bool]], None]) -> list[tuple[float, bool]]:
+            pairs = [self._encode_request(*r.args, self._place(r)) for r in part]
+            return self._score(pairs, done, "Running loglikelihood requests", disable_tqdm)
+
+        return self._answer("loglikelihood", requests, compute, restore=lambda v: (float(v[0]), bool(v[1])))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        def compute(part: list[Instance], done: Callable[[int, float], None]) -> list[float]:
+            pairs: list[tuple[Ids, Ids]] = []
+            owner: list[int] = []
+            added_bos = any(p.frame.placement == "after_bos" for p in self.prompts)
+            for i, request in enumerate(part):
+                windows = utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length - added_bos,
+                    context_len=1,
+                )
+                for context, continuation in map(utils.make_disjoint_window, windows):
+                    pairs.append((tuple(self._lead(list(context), self._place(request))), tuple(continuation)))
+                    owner.append(i)
+            totals, left = [0.0] * len(part), [owner.count(i) for i in range(len(part))]
+
+            def window_done(index: int, answer: tuple[float, bool]) -> None:
+                i = owner[index]
+                totals[i] += answer[0]
+                left[i] -= 1
+                if left[i] == 0:
+                    done(i, totals[i])
+
+            self._score(pairs, window_done, "Running loglikelihood_rolling requests", disable_tqdm)
+            return totals
+
+        return self._answer("loglikelihood_rolling", requests, compute)
+
+    def _score(
+        self,
+        pairs: Sequence[tuple[Ids, Ids]],
+        done: Callable[[int, tuple[float, bool]], None],
+        title: str,
+        disable_tqdm: bool,
+    ) -> list[tuple[float, bool]]:
+        for context, continuation in pairs:
+            if not context or not continuation:
+                raise DataError(f"A request has {len(context)} context and {len(continuation)} continuation tokens.")
+        causal = self.backend == "causal"
+        fitted = [(self._fit(c, self._window + 1 - len(t) if causal else self._window), t) for c, t in pairs]
+        with tqdm(total=len(pairs), desc=title, disable=disable_tqdm or self.rank != 0) as bar, torch.no_grad(), self._cast():
+
+            def report(index: int, answer: tuple[float, bool]) -> None:
+                done(index, answer)
+                bar.update()
+
+            settings: dict[str, Any] = {
+                "batch_size": self._batch_size,
+                "counters": self.counters,
+                "softmax_dtype": self.softmax_dtype,
+                "done": report,
+            }
+            if not causal:
+                return seq2seq_loglikelihoods(self.backbone, self.rows, fitted, **settings)
+            return loglikelihoods(self.backbone, self.rows, fitted, branching=self.branching, **settings)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        def compute(part: list[Instance], done: Callable[[int, str], None]) -> list[str]:
+            answers = [""] * len(part)
+            groups: dict[str, list[int]] = {}
+            for i, request in enumerate(part):
+                groups.setdefault(storage.sha256_json(request.args[1]), []).append(i)
+            with tqdm(
+                total=len(part), desc="Running generate_until requests", disable=disable_tqdm or self.rank != 0
+            ) as bar:
+
+                def report(index: int, answer: str) -> None:
+                    answers[index] = answer
+                    done(index, answer)
+                    bar.update()
+
+                for members in groups.values():
+                    self._generate(part, members, report)
+            return answers
+
+        return self._answer("generate_until", requests, compute)
+
+    def _generate(self, requests: list[Instance], members: list[int], report: Callable[[int, str], None]) -> None:
+        """Answers the requests ``members``, which share their generation settings."""
+        settings = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
+        until = handle_stop_sequences(
+            settings.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        )
+        new = int(settings.pop("max_gen_toks"))
+        if "max_length" in settings:
+            raise ConfigError("Generation setting max_length depends on each prompt's length; use max_gen_toks.")
+        room = self._window - (new if self.backend == "causal" else 0)
+        contexts = {
+            i: self._fit(tuple(self._encode(requests[i].args[0], self._place(requests[i]))) or (self.prefix_token_id,), room)
+            for i in members
+        }
+        finished = self._stopper([s for s in until if s])
+        exotic = self.backend != "causal" or set(settings) - Sampling.known()
+        sampling = None if exotic else Sampling.of(self.model.generation_config, settings)
+        groups: dict[Ids, list[int]] = {}
+        for i in members:
+            groups.setdefault(leading_virtual(contexts[i]), []).append(i)
+        for group in groups.values():
+            length = shared_length([contexts[i][:-1] for i in group])
+            with torch.no_grad(), self._cast():
+                prefix = None if exotic else self.backbone.prefix(contexts[group[0]][:length], self.rows)
+            skip = prefix.length if prefix else 0
+            self.counters.prefix_tokens += skip
+            for batch in batches(group, lambda i, skip=skip: len(contexts[i]) - skip + new, self._batch_size):  # type: ignore[misc]
+
+                def run(part: Sequence[int], prefix: Any = prefix) -> list[tuple[int, list[int]]]:
+                    texts = [contexts[i] for i in part]
+                    with self._cast():
+                        if sampling is None:
+                            out = self._generate_stock(texts, until, new, settings)
+                        else:
+                            out = generate(
+                                self.backbone,
+                                self.rows,
+                                texts,
+                                prefix=prefix,
+                                max_new_tokens=new,
+                                finished=finished,
+                                sampling=sampling,
+                                seeds=[self._seed(requests, i) for i in part] if sampling.do_sample else None,
+                            )
+                    return list(zip(part, out, strict=True))
+
+                for i, ids in halving(run, batch, self.counters):
+                    report(i, self._text(ids, until))
+
+    def _generate_stock(self, texts: list[Ids], until: list[str], new: int, settings: dict[str, Any]) -> list[list[int]]:
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        settings = {k: v for k, v in settings.items() if not (k == "temperature" and not v)}
+        settings.setdefault("do_sample", "temperature" in settings)
+        criteria = stop_sequences_criteria(self.tokenizer, until, 0, len(texts))
+        return generate_stock(
+            self.backbone, self.rows, texts, max_new_tokens=new, stopping_criteria=criteria, **settings
+        )
+
+    def _stopper(self, until: list[str]) -> Callable[[list[int]], bool]:
+        """Whether the end of a row's new ids holds a stop sequence; looks back far enough for the longest of them."""
+        look_back = max((len(s.encode()) for s in until), default=0) + 4
+        if not until:
+            return lambda _ids: False
+
+        def finished(ids: list[int]) -> bool:
+            tail = self.tok_decode(ids[-look_back:], skip_special_tokens=False)
+            return any(s in tail for s in until)
+
+        return finished
+
+    def _text(self, ids: list[int], until: list[str]) -> str:
+        think = self.think_end_token
+        if isinstance(think, int) and think in ids:
+            ids = ids[len(ids) - ids[::-1].index(think) :]
+        text = self.tok_decode(ids)
+        text = text.lstrip() if isinstance(think, int) else text
+        return str(postprocess_generated_text(text, until, think if isinstance(think, str) else None))
+
+    # --- plumbing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _batch_size(self) -> int | None:
+        """Rows per forward pass; None (``batch_size=auto``) packs by tokens. Either is halved when memory runs out."""
+        return None if str(self.batch_size).startswith("auto") else int(self.batch_size)
+
+    def _cast(self) -> torch.autocast:
+        wanted = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=wanted, enabled=wanted is not None)
+
+    def _seed(self, requests: list[Instance], index: int) -> int:
+        """Random stream of one sampled request: of its text and repeat, not of the batch it happens to be in."""
+        request = requests[index]
+        repeat = sum(1 for r in requests[:index] if r is request)
+        text = f"{torch.initial_seed()} {repeat} {request.task_name} {request.doc_id} {request.args[0]}"
+        return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:15], 16)
+
+    def _answer(
+        self,
+        kind: Kind,
+        requests: list[Instance],
+        compute: Callable[[list[Instance], Callable[[int, Any], None]], list[Any]],
+        restore: Callable[[Any], Any] = lambda v: v,
+    ) -> list[Any]:
+        """Answers from the ledger where they are, computed otherwise; see :mod:`lm_eval_softverb.models.ledger`."""
+        identity = self.identity
+
+        def key(request: Instance, repeat: int) -> str | None:
+            if kind == "generate_until" and request.args[1].get("do_sample"):
+                return None  # the harness never caches sampled answers either
+            place = self._place(request)
+            prompt = None if place is None else self.prompts[place].id
+            return storage.sha256_json([identity, prompt, kind, list(request.args), repeat])
+
+        answers, found = ledgers.answered(self.ledger, requests, key, compute, restore)
+        self.counters.from_cache += found
+        return answers
+
+
+ledgers.install()
