@@ -6,8 +6,14 @@ environment, so importing it must stay free of torch, transformers and lm_eval.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # typing itself would cost more than the rest of this file, in every interpreter start
+if TYPE_CHECKING:
+    from typing import Any
+
+    from lm_eval_softverb.backbone import Backbone
+    from lm_eval_softverb.errors import SoftverbError
+    from lm_eval_softverb.frame import Frame
+    from lm_eval_softverb.prompt import Fingerprint, SoftPrompt
 
 __version__ = "0.1.0"
 
@@ -21,17 +27,13 @@ _HOME = {
 
 __all__ = ["Backbone", "Fingerprint", "Frame", "SoftPrompt", "SoftverbError", "__version__"]
 
-if TYPE_CHECKING:
-    from lm_eval_softverb.backbone import Backbone
-    from lm_eval_softverb.errors import SoftverbError
-    from lm_eval_softverb.frame import Frame
-    from lm_eval_softverb.prompt import Fingerprint, SoftPrompt
-
 
 def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 

@@ -30,33 +30,21 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATA_DIR = "SOFTVERB_DATA_DIR"
-
 Row = dict[str, Any]
-Rows = Iterable[tuple[str, Row]]
-"""Pairs of (where the row stands, for messages; the row)."""
+Rows = Iterable[tuple[str, Row]]  # pairs of (where the row stands, for messages; the row)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one dataset is found and read.
+    """How one dataset is found and read."""
 
-    Attributes:
-        hub: dataset id on the hub; None where there is no copy that we know of.
-        label_words: what a model answers, in the order of the label index.
-        splits: all splits on offer: first the training split, last the one that tasks score.
-        text: makes the document's text out of columns.
-        label: columns that may hold the label; the first one present counts, so names stand before numbers.
-        spellings: for each label the values in the data that mean it, besides the label word and its index.
-        split_of: names the split of a row of a file ``all.*``; None where the splits are official.
-    """
-
-    hub: str | None
-    label_words: tuple[str, ...]
-    splits: tuple[str, ...] = ("train", "test")
-    text: str = "{text}"
-    label: tuple[str, ...] = ("label",)
-    spellings: tuple[tuple[str, ...], ...] = ()
-    split_of: Callable[[str, Row], str] | None = None
+    hub: str | None  # id on the hub; None where there is no copy that we know of
+    label_words: tuple[str, ...]  # what a model answers, in the order of the label index
+    splits: tuple[str, ...] = ("train", "test")  # first the training split, last the one that tasks score
+    text: str = "{text}"  # makes the document's text out of columns
+    label: tuple[str, ...] = ("label",)  # the first of these columns that is there counts: names before numbers
+    spellings: tuple[tuple[str, ...], ...] = ()  # per label: values that mean it, besides its word and its index
+    split_of: Callable[[str, Row], str] | None = None  # names the split of a row; None where splits are official
 
     def label_index(self) -> dict[str, int]:
         """Case-folded value in the data → label index."""
@@ -102,7 +90,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "deceptive_opinion_spam": Benchmark(None, ("truthful", "deceptive"), split_of=_split_by_fold),
     "human_vs_ai_essays": Benchmark(
-        "andythetechnerd03/AI-human-text", ("human", "machine"), label=("label", "generated"), split_of=_split_by_pair
+        "andythetechnerd03/AI-human-text",
+        ("human", "machine"),
+        label=("label", "generated"),
+        spellings=(("0.0",), ("1.0", "AI")),
+        split_of=_split_by_pair,
     ),
 }
 
@@ -123,7 +115,7 @@ def load(name: str, **_: Any) -> dict[str, Dataset]:
         raise ConfigError(f"There is no benchmark {name!r}. {did_you_mean(name, list(BENCHMARKS))}")
     benchmark = BENCHMARKS[name]
     folder = os.environ.get(DATA_DIR)
-    origin = str(Path(folder) / name) if folder else str(benchmark.hub)
+    origin = str(Path(folder).expanduser() / name) if folder else str(benchmark.hub)
     parts = _folder_parts(Path(origin), benchmark) if folder else _hub_parts(name, benchmark)
     if benchmark.split_of and "all" in parts and not parts.keys() >= set(benchmark.splits):
         placed = [(benchmark.split_of(where, row), where, row) for where, row in parts["all"]]
@@ -132,7 +124,8 @@ def load(name: str, **_: Any) -> dict[str, Dataset]:
     if missing:
         raise DataError(
             f"{origin} has no split {' or '.join(missing)}. Expected <split>.parquet, .jsonl or .csv for each of "
-            f"{', '.join(benchmark.splits)}{' (or one file all.*)' if benchmark.split_of else ''}."
+            f"{', '.join(benchmark.splits)}{' (or one file all.*)' if benchmark.split_of else ''}; {DATA_DIR} names "
+            "the folder above, and unset it means the hub."
         )
     return {split: _dataset(benchmark, f"{origin}, split {split}", parts[split]) for split in benchmark.splits}
 
@@ -185,9 +178,6 @@ def _label(where: str, row: Row, columns: tuple[str, ...], index: dict[str, int]
     return index[value]
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
 def _hub_parts(name: str, benchmark: Benchmark) -> dict[str, Rows]:
     files = f"set {DATA_DIR} to a folder with {name}/<split>.parquet, .jsonl or .csv"
     if benchmark.hub is None:
@@ -208,8 +198,6 @@ def _hub_parts(name: str, benchmark: Benchmark) -> dict[str, Rows]:
 
 
 def _folder_parts(folder: Path, benchmark: Benchmark) -> dict[str, Rows]:
-    if not folder.is_dir():
-        raise DataError(f"{DATA_DIR} is set, but {folder} is not a folder. Create it, or unset {DATA_DIR} for the hub.")
     parts: dict[str, Rows] = {}
     for stem in (*benchmark.splits, "all"):
         paths = [path for path in (folder / f"{stem}{suffix}" for suffix in _READERS) if path.is_file()]
@@ -230,16 +218,16 @@ def _parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        return list(parquet.read_table(path).to_pylist())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file ({error}). It may be truncated.") from error
-    return rows
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    raw = path.read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        text = (raw := path.read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 text (byte {error.start} of the file). Save it as UTF-8.") from error
@@ -254,7 +242,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}). The file may be truncated.") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
+_READERS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": lambda path: _numbered(str(path), lambda: _parquet(path)),
     ".jsonl": lambda path: ((f"{path}:{number}", row) for number, row in read_jsonl(path)),
     ".csv": _csv,

@@ -30,7 +30,7 @@ from lm_eval_softverb.decoding import Sampling, generate, generate_stock
 from lm_eval_softverb.errors import ConfigError, DataError, FrameError
 from lm_eval_softverb.frame import Frame, virtual_ids
 from lm_eval_softverb.models import ledger as ledgers
-from lm_eval_softverb.models.chat import render_chat
+from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.models.scoring import Ids, loglikelihoods, seq2seq_loglikelihoods, supports_branching
 from lm_eval_softverb.pretrained import DEFAULT, loading, locate
 from lm_eval_softverb.prompt import SoftPrompt
@@ -67,6 +67,8 @@ class SoftPromptLM(HFLM):
         self.bank = Bank.load(bank) if bank else None
         self.prompts = self.bank.prompts if self.bank else (SoftPrompt.load(str(peft)),) if peft else ()
         self.prompt_field = prompt_field
+        # HFLM's default is "cuda", which fails where torch has no CUDA.
+        kwargs["device"] = kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         name = pretrained if isinstance(pretrained, str) else str(getattr(pretrained, "name_or_path", ""))
         if isinstance(pretrained, str):
             with loading(pretrained):

@@ -1,0 +1,1 @@
+"""Tuners make a prompt from rows of (input, output)."""
