@@ -1,0 +1,1 @@
+"""Comparing runs: statistics over documents and the pages that show them."""

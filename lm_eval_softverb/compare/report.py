@@ -1,0 +1,172 @@
+"""One table for every arm: CSV for programs, text for the terminal, one self-contained HTML page with a plot."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lm_eval_softverb import storage
+from lm_eval_softverb.compare.stats import mean_interval, paired_interval
+from lm_eval_softverb.errors import DataError, MissingExtra
+
+Scores = Mapping[str, float]
+"""Per-document score by document hash."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of ``report.csv``: a score, or with ``arm`` "a - b" a paired difference on the same documents."""
+
+    arm: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def sample_scores(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    """Per-document scores of one harness run, by (task, metric) and document hash.
+
+    Raises:
+        DataError: the run has no samples, or a document twice.
+    """
+    out: dict[tuple[str, str], dict[str, float]] = {}
+    for task, samples in (results.get("samples") or {}).items():
+        for sample in samples:
+            for metric in sample["metrics"]:
+                scores = out.setdefault((task, metric), {})
+                key = f"{sample['doc_hash']}/{sample['doc_id']}/{sample['filter']}"
+                if key in scores:
+                    raise DataError(f"Task {task} scored document {sample['doc_id']} twice; paired statistics need it once.")
+                scores[key] = float(sample[metric])
+    if not out:
+        raise DataError("The run holds no samples; evaluate with log_samples to compare documents.")
+    return out
+
+
+def score_lines(arm: str, scores: Mapping[tuple[str, str], Scores]) -> list[Line]:
+    """One line per task and metric of an arm, with its interval."""
+    return [
+        Line(arm, task, metric, **asdict(mean_interval(list(values.values()))))
+        for (task, metric), values in sorted(scores.items())
+    ]
+
+
+def difference_lines(
+    ours: str, our_scores: Mapping[tuple[str, str], Scores], other: str, other_scores: Mapping[tuple[str, str], Scores]
+) -> list[Line]:
+    """Paired differences ``ours - other`` for every task and metric both have.
+
+    Raises:
+        DataError: the two arms scored different documents.
+    """
+    lines = []
+    for key in sorted(our_scores.keys() & other_scores.keys()):
+        a, b = our_scores[key], other_scores[key]
+        if a.keys() != b.keys():
+            raise DataError(
+                f"Task {key[0]}: '{ours}' and '{other}' scored different documents ({len(a.keys() ^ b.keys())} are in one "
+                "only). Run both arms on the same data and without different limits."
+            )
+        order = sorted(a)
+        interval = paired_interval([a[k] for k in order], [b[k] for k in order])
+        lines.append(Line(f"{ours} - {other}", *key, **asdict(interval)))
+    return lines
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([f.name for f in fields(Line)])
+    for line in lines:
+        writer.writerow([line.arm, line.task, line.metric, *(f"{x:.6f}" for x in (line.value, line.low, line.high)), line.n])
+    return out.getvalue()
+
+
+def to_text(lines: Sequence[Line]) -> str:
+    """Aligned table for a terminal; values in percent points of the metric."""
+    head = ("arm", "task", "metric", "value", "95 % interval", "n")
+    body = [
+        (x.arm, x.task, x.metric, f"{100 * x.value:.1f}", f"[{100 * x.low:.1f}, {100 * x.high:.1f}]", str(x.n)) for x in lines
+    ]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *body]]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def plot_svg(lines: Sequence[Line], title: str) -> str:
+    """Dots with intervals, one panel per (task, metric), as inline SVG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("The plot needs matplotlib: pip install 'lm_eval_softverb[plots]'.") from error
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    panels = sorted({(x.task, x.metric) for x in lines})
+    arms = list(dict.fromkeys(x.arm for x in lines))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.9 + 0.45 * len(arms)), squeeze=False)
+    with plt.rc_context({"svg.hashsalt": "softverb"}):
+        for axis, panel in zip(axes[0], panels, strict=True):
+            for place, arm in enumerate(reversed(arms)):
+                for x in (x for x in lines if (x.task, x.metric) == panel and x.arm == arm):
+                    axis.plot([100 * x.low, 100 * x.high], [place, place], color="#4a6fa5", linewidth=2)
+                    axis.plot([100 * x.value], [place], "o", color="#1d3557")
+            axis.set_yticks(range(len(arms)), list(reversed(arms)))
+            axis.set_xlim(-2, 102)
+            axis.set_title(" · ".join(panel), fontsize=9)
+            axis.set_xlabel("% of documents, 95 % interval", fontsize=8)
+            axis.grid(axis="x", alpha=0.3)
+        figure.suptitle(title, fontsize=10)
+        figure.tight_layout()
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def to_html(title: str, intro: str, scores: Sequence[Line], differences: Sequence[Line], sections: Mapping[str, str]) -> str:
+    """A page that needs nothing from outside. ``sections`` maps a heading to plain text; everything is escaped."""
+
+    def table(lines: Sequence[Line]) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(x.arm)}</td><td>{html.escape(x.task)}</td><td>{html.escape(x.metric)}</td>"
+            f"<td class=n>{100 * x.value:.1f}</td><td class=n>{100 * x.low:.1f} to {100 * x.high:.1f}</td>"
+            f"<td class=n>{x.n}</td></tr>"
+            for x in lines
+        )
+        head = "".join(f"<th>{h}</th>" for h in ("arm", "task", "metric", "value (%)", "95 % interval", "n"))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
+
+    blocks = "".join(f"<h2>{html.escape(k)}</h2><pre>{html.escape(v)}</pre>" for k, v in sections.items())
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}"
+        "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .7rem;border-bottom:1px solid #d8dee9;text-align:left}"
+        ".n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
+        "svg{max-width:100%;height:auto}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
+        f"{plot_svg(scores, title)}<h2>Scores</h2>{table(scores)}"
+        f"<h2>Paired differences on the same documents</h2>{table(differences)}{blocks}</body></html>"
+    )
+
+
+def write(
+    folder: Path, title: str, intro: str, scores: Sequence[Line], differences: Sequence[Line], sections: Mapping[str, str]
+) -> None:
+    """Writes ``report.csv`` and ``report.html`` into ``folder``."""
+    storage.write_text(folder / "report.csv", to_csv([*scores, *differences]))
+    storage.write_text(folder / "report.html", to_html(title, intro, scores, differences, sections))
