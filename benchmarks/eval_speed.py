@@ -66,7 +66,6 @@ def case(a: argparse.Namespace, kind: str, n: int, prompt: Path) -> dict[str, An
         truth = quiet(peer.generate_until, requests)
         wrong = {s: sum(x != y for x, y in zip(answers[s], truth, strict=True)) for s in answers}
         out |= {"wrong_rows_ours": wrong["ours"], "wrong_rows_peer": wrong["peer"], "agree": wrong["ours"] == 0}
-    del ours, peer
     shared = ["--task", a.task, "--limit", str(a.limit), "--batch-size", str(a.batch_size), "--dtype", a.dtype]
     for side in ("ours", "peer"):
         more = ["--memory", side, "--kind", kind, "--prompt", str(prompt)]
@@ -89,9 +88,9 @@ def quiet(run: Any, requests: list[Any]) -> Any:
 
 def make_prompt(n: int, folder: Path) -> None:
     from lm_eval_softverb.backbone import Backbone
+    from lm_eval_softverb.prompt import SoftPrompt
     from lm_eval_softverb.tuners.config import SoftConfig
     from lm_eval_softverb.tuners.soft import initial_rows
-    from lm_eval_softverb.prompt import SoftPrompt
 
     if not folder.exists():
         backbone = Backbone.load("smollm2-135m", dtype="float32")

@@ -55,7 +55,9 @@ class Backbone:
     training changes them and a bank has many: id ``-1 - r`` of a sequence is row ``r``.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", revision: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "", revision: str | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model, "name_or_path", ""))
@@ -63,9 +65,7 @@ class Backbone:
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
 
     @classmethod
-    def load(
-        cls, pretrained: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None
-    ) -> Backbone:
+    def load(cls, pretrained: str, *, dtype: str = "auto", device: str | None = None, revision: str | None = None) -> Backbone:
         """Loads a hub id, a folder, or a packaged name such as ``smollm2-135m``, frozen and in evaluation mode.
 
         Raises:
@@ -73,7 +73,7 @@ class Backbone:
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-        from lm_eval_softverb.pretrained import locate, loading
+        from lm_eval_softverb.pretrained import loading, locate
 
         path = locate(pretrained)
         with loading(pretrained):
@@ -155,9 +155,7 @@ class Backbone:
             return None
         cache = DynamicCache(config=self.model.config)
         with self._head_at(torch.zeros(1, len(ids), dtype=torch.bool)):
-            out = self.model(
-                inputs_embeds=self.embed(self.tensor([list(ids)]), rows), past_key_values=cache, use_cache=True
-            )
+            out = self.model(inputs_embeds=self.embed(self.tensor([list(ids)]), rows), past_key_values=cache, use_cache=True)
         layers = []
         for layer in getattr(out.past_key_values, "layers", ()):
             plain = type(layer) is DynamicLayer

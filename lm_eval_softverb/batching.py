@@ -40,7 +40,8 @@ def leading_virtual(ids: Sequence[int]) -> tuple[int, ...]:
 
 def shared_length(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest common prefix."""
-    low, high = min(sequences), max(sequences)
+    ordered = sorted(map(tuple, sequences))
+    low, high = ordered[0], ordered[-1]
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 

@@ -25,7 +25,7 @@ def render_chat(
     """
     if not tokenizer.chat_template:
         raise FrameError(
-            f"{tokenizer.name_or_path} has no chat template. Run without --apply_chat_template, or pass a tokenizer that has one."
+            f"{tokenizer.name_or_path} has no chat template. Run without --apply_chat_template, or use another tokenizer."
         )
 
     def render(chat: Sequence[Mapping[str, str]]) -> str:

@@ -60,11 +60,11 @@ def _train(a: argparse.Namespace) -> int:
     from lm_eval_softverb.tuners.config import config
 
     text = a.frame or SLOT
-    placement = a.placement or ("user_end" if a.frame else "prefix")
+    placement: Any = a.placement or ("user_end" if a.frame else "prefix")
     settings = config(
         a.preset,
         tokens=a.tokens,
-        frame=Frame(placement, text),
+        frame=Frame(placement=placement, text=text),
         chat=a.chat or None,
         init=a.init or ("text" if a.init_text else None),
         init_text=a.init_text,
@@ -219,7 +219,13 @@ Run the same command again after an interruption: training goes on from its last
     )
     p.add_argument("name", nargs="?", default="smollm2-135m")
 
-    _command(commands, "doctor", _doctor, "Show versions, the start-up hook, data and model folders.", "\n  softverb doctor\n")
+    _command(
+        commands,
+        "doctor",
+        _doctor,
+        "Show versions, the start-up hook, data and model folders.",
+        "\n  softverb doctor\n",
+    )
     return parser
 
 

@@ -69,7 +69,7 @@ class Sampling:
 class _Buffered(DynamicLayer):
     """A cache layer with room for the whole generation: appending a token copies that token, not everything before it."""
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
 
@@ -109,7 +109,7 @@ def generate(
     prefix: Prefix | None = None,
     max_new_tokens: int,
     finished: Callable[[list[int]], bool],
-    sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+    sampling: Sampling = Sampling(),
     seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues each context (ids, virtual ones included) of a causal model.
@@ -169,7 +169,7 @@ def generate(
 
 def _pick(logits: Tensor, streams: list[torch.Generator]) -> list[int]:
     if not streams:
-        return logits.argmax(-1).tolist()
+        return [int(i) for i in logits.argmax(-1)]
     probabilities = logits.softmax(-1).cpu()
     return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, streams, strict=True)]
 
@@ -189,18 +189,18 @@ def eos_ids(backbone: Backbone) -> frozenset[int]:
     return frozenset(int(i) for i in ids if i is not None)
 
 
-@torch.no_grad()
 def generate_stock(
     backbone: Backbone, rows: Tensor, contexts: Sequence[Sequence[int]], *, max_new_tokens: int, **settings: Any
 ) -> list[list[int]]:
     """``model.generate`` on the embedded contexts, without a shared prefix: beams, encoder-decoders, anything exotic."""
     ids = backbone.tensor(contexts, left=not backbone.is_seq2seq)
     mask = backbone.tensor([[1] * len(c) for c in contexts], left=not backbone.is_seq2seq)
-    out = backbone.model.generate(
-        inputs_embeds=backbone.embed(ids, rows),
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=backbone.tokenizer.pad_token_id,
-        **settings,
-    )
-    return out.tolist()  # type: ignore[no-any-return]
+    with torch.no_grad():
+        out = backbone.model.generate(
+            inputs_embeds=backbone.embed(ids, rows),
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=backbone.tokenizer.pad_token_id,
+            **settings,
+        )
+    return [[int(t) for t in row] for row in out]

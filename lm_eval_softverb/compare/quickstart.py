@@ -16,7 +16,6 @@ from lm_eval_softverb import storage
 from lm_eval_softverb.compare import report
 from lm_eval_softverb.data import labelsets
 from lm_eval_softverb.errors import ConfigError, OutputError, did_you_mean
-from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.tuners.config import SoftConfig
 
 LABELSET = "emotion"
@@ -117,10 +116,7 @@ def quickstart(
         scores[arm.name] = {k: v for k, v in report.sample_scores(results).items() if k[1] in ("exact_match", "acc")}
     lines = [line for name, values in scores.items() for line in report.score_lines(name, values)]
     differences = [
-        line
-        for name in scores
-        if name != OURS
-        for line in report.difference_lines(OURS, scores[OURS], name, scores[name])
+        line for name in scores if name != OURS for line in report.difference_lines(OURS, scores[OURS], name, scores[name])
     ]
     documents = max(line.n for line in lines)
     intro = (
@@ -175,8 +171,7 @@ def run_arm(q: Quickstart, arm: Arm, batch_size: int) -> tuple[dict[str, Any], s
     if len(set(folder.rglob("*.json*")) - before) != 1 + len(samples):
         raise OutputError(f"The harness could not write its results to {folder} (see the messages above). Is the disk full?")
     arguments = ",".join(f"{k}={v}" for k, v in model_args.items())
-    command = (
-        f"lm_eval --model {arm.model} --model_args {arguments} --tasks {','.join(q.tasks)} --batch_size {batch_size}"
-        + (f" --num_fewshot {arm.shots}" if arm.shots else "")
+    command = f"lm_eval --model {arm.model} --model_args {arguments} --tasks {','.join(q.tasks)} --batch_size {batch_size}" + (
+        f" --num_fewshot {arm.shots}" if arm.shots else ""
     )
     return {**results, "samples": samples}, command

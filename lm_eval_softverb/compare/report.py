@@ -155,7 +155,7 @@ def to_html(title: str, intro: str, scores: Sequence[Line], differences: Sequenc
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>"
         "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}"
-        "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .7rem;border-bottom:1px solid #d8dee9;text-align:left}"
+        "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .7rem;border-bottom:1px solid #ccd;text-align:left}"
         ".n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
         "svg{max-width:100%;height:auto}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
@@ -165,7 +165,12 @@ def to_html(title: str, intro: str, scores: Sequence[Line], differences: Sequenc
 
 
 def write(
-    folder: Path, title: str, intro: str, scores: Sequence[Line], differences: Sequence[Line], sections: Mapping[str, str]
+    folder: Path,
+    title: str,
+    intro: str,
+    scores: Sequence[Line],
+    differences: Sequence[Line],
+    sections: Mapping[str, str],
 ) -> None:
     """Writes ``report.csv`` and ``report.html`` into ``folder``."""
     storage.write_text(folder / "report.csv", to_csv([*scores, *differences]))

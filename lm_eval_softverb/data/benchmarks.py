@@ -13,8 +13,6 @@ Blanks around a text are stripped (the hub's SST-2 ends every sentence with one)
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_softverb.errors import ConfigError, DataError, ModelUnavailable, did_you_mean
-from lm_eval_softverb.storage import read_jsonl, sha256_bytes
+from lm_eval_softverb.storage import read_csv, read_jsonl, sha256_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -223,27 +221,12 @@ def _parquet(path: Path) -> list[Row]:
         raise DataError(f"{path} is not a readable parquet file ({error}). It may be truncated.") from error
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        text = (raw := path.read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text (byte {error.start} of the file). Save it as UTF-8.") from error
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(reader, [])
-        for fields in filter(None, reader):
-            if len(fields) != len(header):
-                raise DataError(f"{path}:{reader.line_num}: {len(fields)} fields, expected {len(header)}: {header}.")
-            yield f"{path}:{reader.line_num}", dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}). The file may be truncated.") from error
+def _lines(path: Path, read: Callable[[Path], Iterator[tuple[int, Row]]]) -> Rows:
+    return ((f"{path}:{number}", row) for number, row in read(path))
 
 
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": lambda path: _numbered(str(path), lambda: _parquet(path)),
-    ".jsonl": lambda path: ((f"{path}:{number}", row) for number, row in read_jsonl(path)),
-    ".csv": _csv,
+    ".jsonl": lambda path: _lines(path, read_jsonl),
+    ".csv": lambda path: _lines(path, read_csv),
 }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ def read_rows(path: Path | str) -> list[Row]:
         DataError: naming ``file:line`` for a row that cannot be used; or the file is empty or of another kind.
     """
     path = Path(path)
-    source = {".jsonl": storage.read_jsonl, ".csv": _read_csv}.get(path.suffix.lower())
+    source = {".jsonl": storage.read_jsonl, ".csv": storage.read_csv}.get(path.suffix.lower())
     if source is None:
         raise DataError(f"{path}: expected a .jsonl or .csv file with columns input and output, got '{path.suffix}'.")
     rows = [_row(path, number, value) for number, value in source(path)]
@@ -60,26 +58,6 @@ def _row(path: Path, number: int, value: dict[str, Any]) -> Row:
     return Row(value["input"], value["output"], delimiter)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for value in reader:
-            if None in value:
-                raise DataError(
-                    f"{path}:{reader.line_num}: more fields than the header's {len(reader.fieldnames or [])}."
-                )
-            yield reader.line_num, value
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
-
-
 def data_sha256(rows: Iterable[Row]) -> str:
     """Hash of the rows in their order."""
     return storage.sha256_json([astuple(r) for r in rows])
@@ -95,8 +73,6 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
     random.Random(seed).shuffle(distinct)
     held = max(1, round(fraction * len(distinct)))
     if len(distinct) - held < 1:
-        raise DataError(
-            f"{len(distinct)} distinct rows are too few to hold {held} out for validation; expected at least 2."
-        )
+        raise DataError(f"{len(distinct)} distinct rows are too few to hold {held} out for validation; expected at least 2.")
     validation = {(r.input, r.output) for r in distinct[:held]}
     return [r for r in rows if (r.input, r.output) not in validation], distinct[:held]

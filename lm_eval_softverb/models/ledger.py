@@ -30,7 +30,7 @@ _TABLE = "softverb_answers_v1"
 class Ledger:
     """Answers by key in one SQLite file; each is committed as it arrives, so a kill loses at most the one being written."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.quarantined: str | None = None
         try:
@@ -104,7 +104,7 @@ def install() -> None:
             return
         self.lm, self.cache_db, self.dbdict = lm, cache_db, _NoCache()
         lm.ledger = Ledger(Path(cache_db))
-        lm.set_cache_hook(self.get_cache_hook())
+        self.lm.set_cache_hook(self.get_cache_hook())
 
     CachingLM.__init__ = __init__
     CachingLM._softverb = True

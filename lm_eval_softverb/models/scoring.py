@@ -92,7 +92,7 @@ def loglikelihoods(
         prefix = backbone.prefix(group[0].context[:length], rows)
         skip = prefix.length if prefix else 0
         counters.prefix_tokens += skip
-        for batch in batches(group, lambda r: len(r.ids) - skip, batch_size):
+        for batch in batches(group, lambda r, skip=skip: len(r.ids) - skip, batch_size):  # type: ignore[misc]
 
             def run(part: Sequence[Row], prefix: Prefix | None = prefix, skip: int = skip) -> list[tuple[int, float, bool]]:
                 return _score(backbone, rows, part, prefix, skip, softmax_dtype)

@@ -7,10 +7,8 @@ The stock model is run, not PEFT's wrapper. Without ``peft=`` and ``bank=`` ther
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,20 +16,19 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
 import lm_eval_softverb
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.bank import Bank
-from lm_eval_softverb.batching import Counters, batches, halving, leading_virtual, shared_length
-from lm_eval_softverb.decoding import Sampling, generate, generate_stock
-from lm_eval_softverb.errors import ConfigError, DataError, FrameError
-from lm_eval_softverb.frame import Frame, virtual_ids
-from lm_eval_softverb.models import ledger as ledgers
+from lm_eval_softverb.batching import Counters
 from lm_eval_softverb.chat import render_chat
+from lm_eval_softverb.errors import ConfigError, DataError, FrameError
+from lm_eval_softverb.models import ledger as ledgers
+from lm_eval_softverb.models.generating import answer_generations
 from lm_eval_softverb.models.scoring import Ids, loglikelihoods, seq2seq_loglikelihoods, supports_branching
+from lm_eval_softverb.models.slots import Slots
 from lm_eval_softverb.pretrained import DEFAULT, loading, locate
 from lm_eval_softverb.prompt import SoftPrompt
 
@@ -78,27 +75,28 @@ class SoftPromptLM(HFLM):
         self.backbone = Backbone(self.model, self.tokenizer, name, self.revision)
         fingerprint = self.backbone.fingerprint
         self.overrides = {p.id: d for p in self.prompts if (d := p.check_fits(fingerprint, force=bool(force)))}
-        for prompt, differences in self.overrides.items():
-            log.warning("force=true: scoring %s on another base model (%s)", prompt, "; ".join(differences))
+        for name, differences in self.overrides.items():
+            log.warning("force=true: scoring %s on another base model (%s)", name, "; ".join(differences))
         self.rows = self.backbone.stack(self.prompts)
-        self._virtual: list[list[int]] = []
-        for prompt in self.prompts:
-            self._virtual.append(virtual_ids(sum(map(len, self._virtual)), prompt.n))
         self.branching = supports_branching(self.backbone)
         self.counters = Counters()
+        self.slots = Slots(self, self.prompts, self.counters)
         self.ledger: ledgers.Ledger | None = None
-        self._chat = False
 
     # --- identity ----------------------------------------------------------------------------------------------------
 
     @property
     def max_length(self) -> int:
         """Room for text: the model's context less the virtual tokens of the longest prompt."""
-        return self._window - max((p.n for p in self.prompts), default=0)
+        return self.window - max((p.n for p in self.prompts), default=0)
 
     @property
-    def _window(self) -> int:
+    def window(self) -> int:
         return int(super().max_length)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.tokenizer.bos_token_id  # type: ignore[no-any-return]
 
     @property
     def identity(self) -> str:
@@ -108,9 +106,9 @@ class SoftPromptLM(HFLM):
             [
                 lm_eval_softverb.__version__,
                 sorted(base.sketch.items()),
-                [base.tokenizer_sha256, str(self.model.dtype), self._window, str(self.softmax_dtype)],
+                [base.tokenizer_sha256, str(self.model.dtype), self.window, str(self.softmax_dtype)],
                 [self.add_bos_token, self.custom_prefix_token_id, self.truncation, self.think_end_token],
-                str(self.tokenizer.chat_template) if self._chat else None,
+                str(self.tokenizer.chat_template) if self.slots.chat else None,
             ]
         )
 
@@ -121,7 +119,7 @@ class SoftPromptLM(HFLM):
         The harness asks for it only when requests are rendered by the chat template, also when it then takes them from its
         cache: from here on texts carry the slot mark.
         """
-        self._chat = True
+        self.slots.chat = True
         return "--".join([super().tokenizer_name, "softverb", self._prompts_id()])
 
     def _prompts_id(self) -> str:
@@ -157,11 +155,11 @@ class SoftPromptLM(HFLM):
             },
         }
 
-    # --- rendering ---------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """HFLM's, with the prompt's frame in the last user turn; a system message is folded in, never dropped."""
-        self._chat = True
+        self.slots.chat = True
         frames = {p.frame for p in self.prompts if p.frame.in_user_turn}
         if len(frames) > 1:
             raise FrameError(
@@ -173,62 +171,6 @@ class SoftPromptLM(HFLM):
         self.counters.system_folded += folded
         return text
 
-    def _place(self, request: Instance) -> int | None:
-        """Index of the prompt of one request; None without prompts."""
-        if self.bank:
-            return self.bank.place(request.doc or {}, request.task_name, self.prompt_field)
-        return 0 if self.prompts else None
-
-    def _encode(self, text: str, place: int | None) -> list[int]:
-        """Ids of a context with its prompt in place."""
-        if place is None:
-            return list(self.tok_encode(text)) if text else []
-        frame = self.prompts[place].frame
-
-        def tokenize(part: str, first: bool) -> list[int]:
-            return list(self.tok_encode(part) if first else self.tok_encode(part, add_special_tokens=False)) if part else []
-
-        return frame.encode(
-            text, self._virtual[place], tokenize, self.tokenizer.bos_token_id, rendered=self._chat and frame.in_user_turn
-        )
-
-    def _encode_request(self, context: str, continuation: str, place: int | None) -> tuple[Ids, Ids]:
-        """HFLM's splitting rules, with the prompt in place: trailing blanks belong to the continuation."""
-        if context == "":
-            # As HFLM: BOS (or EOS) stands for the empty context, unless the continuation brings it.
-            ids = list(self.tok_encode(continuation, add_special_tokens=False))
-            head, rest = ([self.prefix_token_id], ids) if ids[:1] != [self.prefix_token_id] else (ids[:1], ids[1:])
-            return tuple(self._lead(head, place)), tuple(rest)
-        if blanks := len(context) - len(context.rstrip()):
-            context, continuation = context[:-blanks], context[-blanks:] + continuation
-        if self.backend == "seq2seq":
-            return tuple(self._encode(context, place)), tuple(self.tok_encode(continuation, add_special_tokens=False))
-        head_ids = self._encode(context, place)
-        return tuple(head_ids), tuple(self._encode(context + continuation, place)[len(head_ids) :])
-
-    def _lead(self, ids: list[int], place: int | None) -> list[int]:
-        """``ids`` with the prompt in front, for text without a user turn (rolling windows, empty contexts)."""
-        if place is None:
-            return ids
-        frame, bos = self.prompts[place].frame, self.tokenizer.bos_token_id
-        plain = Frame(frame.placement) if not frame.in_user_turn else Frame()
-        return plain.encode("", self._virtual[place], lambda _t, _f: ids, bos)
-
-    def _fit(self, context: Ids, room: int) -> Ids:
-        """``context`` cut on the left to ``room`` ids; virtual tokens and a leading BOS stay."""
-        excess = len(context) - room
-        if excess <= 0:
-            return context
-        cuttable = [i for i, t in enumerate(context) if t >= 0 and not (i == 0 and t == self.tokenizer.bos_token_id)]
-        if len(cuttable) <= excess:
-            raise DataError(
-                f"A request needs more room than the model's context of {self._window} tokens leaves: {len(context)} context "
-                f"tokens, {room} fit. Shorten the continuation or max_gen_toks, or use a model with a longer context."
-            )
-        self.counters.truncated += 1
-        gone = set(cuttable[:excess])
-        return tuple(t for i, t in enumerate(context) if i not in gone)
-
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -236,8 +178,8 @@ class SoftPromptLM(HFLM):
             raise ConfigError("enable_thinking=true does not go with log-likelihood tasks; use generate_until tasks.")
 
         def compute(part: list[Instance], done: Callable[[int, tuple[float, bool]], None]) -> list[tuple[float, bool]]:
-            pairs = [self._encode_request(*r.args, self._place(r)) for r in part]
-            return self._score(pairs, done, "Running loglikelihood requests", disable_tqdm)
+            pairs = [self.slots.request(r.args[0], r.args[1], self._place(r)) for r in part]
+            return self._score(pairs, done, "loglikelihood", disable_tqdm)
 
         return self._answer("loglikelihood", requests, compute, restore=lambda v: (float(v[0]), bool(v[1])))
 
@@ -254,7 +196,7 @@ class SoftPromptLM(HFLM):
                     context_len=1,
                 )
                 for context, continuation in map(utils.make_disjoint_window, windows):
-                    pairs.append((tuple(self._lead(list(context), self._place(request))), tuple(continuation)))
+                    pairs.append((tuple(self.slots.lead(list(context), self._place(request))), tuple(continuation)))
                     owner.append(i)
             totals, left = [0.0] * len(part), [owner.count(i) for i in range(len(part))]
 
@@ -265,7 +207,7 @@ class SoftPromptLM(HFLM):
                 if left[i] == 0:
                     done(i, totals[i])
 
-            self._score(pairs, window_done, "Running loglikelihood_rolling requests", disable_tqdm)
+            self._score(pairs, window_done, "loglikelihood_rolling", disable_tqdm)
             return totals
 
         return self._answer("loglikelihood_rolling", requests, compute)
@@ -274,22 +216,26 @@ class SoftPromptLM(HFLM):
         self,
         pairs: Sequence[tuple[Ids, Ids]],
         done: Callable[[int, tuple[float, bool]], None],
-        title: str,
+        kind: Kind,
         disable_tqdm: bool,
     ) -> list[tuple[float, bool]]:
         for context, continuation in pairs:
             if not context or not continuation:
                 raise DataError(f"A request has {len(context)} context and {len(continuation)} continuation tokens.")
         causal = self.backend == "causal"
-        fitted = [(self._fit(c, self._window + 1 - len(t) if causal else self._window), t) for c, t in pairs]
-        with tqdm(total=len(pairs), desc=title, disable=disable_tqdm or self.rank != 0) as bar, torch.no_grad(), self._cast():
+        fitted = [(self.slots.fit(c, self.window + 1 - len(t) if causal else self.window), t) for c, t in pairs]
+        with (
+            self._bar(len(pairs), kind, disable_tqdm) as bar,
+            torch.no_grad(),
+            self.cast(),
+        ):
 
             def report(index: int, answer: tuple[float, bool]) -> None:
                 done(index, answer)
                 bar.update()
 
             settings: dict[str, Any] = {
-                "batch_size": self._batch_size,
+                "batch_size": self.rows_per_batch,
                 "counters": self.counters,
                 "softmax_dtype": self.softmax_dtype,
                 "done": report,
@@ -304,117 +250,39 @@ class SoftPromptLM(HFLM):
             groups: dict[str, list[int]] = {}
             for i, request in enumerate(part):
                 groups.setdefault(storage.sha256_json(request.args[1]), []).append(i)
-            with tqdm(
-                total=len(part), desc="Running generate_until requests", disable=disable_tqdm or self.rank != 0
-            ) as bar:
-
-                def report(index: int, answer: str) -> None:
-                    answers[index] = answer
-                    done(index, answer)
-                    bar.update()
-
+            with self._bar(len(part), "generate_until", disable_tqdm) as bar:
                 for members in groups.values():
-                    self._generate(part, members, report)
+
+                    def report(index: int, answer: str, members: list[int] = members) -> None:
+                        answers[members[index]] = answer
+                        done(members[index], answer)
+                        bar.update()
+
+                    same = [part[i] for i in members]
+                    answer_generations(self, same, [self._place(r) for r in same], report)
             return answers
 
         return self._answer("generate_until", requests, compute)
 
-    def _generate(self, requests: list[Instance], members: list[int], report: Callable[[int, str], None]) -> None:
-        """Answers the requests ``members``, which share their generation settings."""
-        settings = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
-        until = handle_stop_sequences(
-            settings.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        )
-        new = int(settings.pop("max_gen_toks"))
-        if "max_length" in settings:
-            raise ConfigError("Generation setting max_length depends on each prompt's length; use max_gen_toks.")
-        room = self._window - (new if self.backend == "causal" else 0)
-        contexts = {
-            i: self._fit(tuple(self._encode(requests[i].args[0], self._place(requests[i]))) or (self.prefix_token_id,), room)
-            for i in members
-        }
-        finished = self._stopper([s for s in until if s])
-        exotic = self.backend != "causal" or set(settings) - Sampling.known()
-        sampling = None if exotic else Sampling.of(self.model.generation_config, settings)
-        groups: dict[Ids, list[int]] = {}
-        for i in members:
-            groups.setdefault(leading_virtual(contexts[i]), []).append(i)
-        for group in groups.values():
-            length = shared_length([contexts[i][:-1] for i in group])
-            with torch.no_grad(), self._cast():
-                prefix = None if exotic else self.backbone.prefix(contexts[group[0]][:length], self.rows)
-            skip = prefix.length if prefix else 0
-            self.counters.prefix_tokens += skip
-            for batch in batches(group, lambda i, skip=skip: len(contexts[i]) - skip + new, self._batch_size):  # type: ignore[misc]
-
-                def run(part: Sequence[int], prefix: Any = prefix) -> list[tuple[int, list[int]]]:
-                    texts = [contexts[i] for i in part]
-                    with self._cast():
-                        if sampling is None:
-                            out = self._generate_stock(texts, until, new, settings)
-                        else:
-                            out = generate(
-                                self.backbone,
-                                self.rows,
-                                texts,
-                                prefix=prefix,
-                                max_new_tokens=new,
-                                finished=finished,
-                                sampling=sampling,
-                                seeds=[self._seed(requests, i) for i in part] if sampling.do_sample else None,
-                            )
-                    return list(zip(part, out, strict=True))
-
-                for i, ids in halving(run, batch, self.counters):
-                    report(i, self._text(ids, until))
-
-    def _generate_stock(self, texts: list[Ids], until: list[str], new: int, settings: dict[str, Any]) -> list[list[int]]:
-        from lm_eval.models.utils_hf import stop_sequences_criteria
-
-        settings = {k: v for k, v in settings.items() if not (k == "temperature" and not v)}
-        settings.setdefault("do_sample", "temperature" in settings)
-        criteria = stop_sequences_criteria(self.tokenizer, until, 0, len(texts))
-        return generate_stock(
-            self.backbone, self.rows, texts, max_new_tokens=new, stopping_criteria=criteria, **settings
-        )
-
-    def _stopper(self, until: list[str]) -> Callable[[list[int]], bool]:
-        """Whether the end of a row's new ids holds a stop sequence; looks back far enough for the longest of them."""
-        look_back = max((len(s.encode()) for s in until), default=0) + 4
-        if not until:
-            return lambda _ids: False
-
-        def finished(ids: list[int]) -> bool:
-            tail = self.tok_decode(ids[-look_back:], skip_special_tokens=False)
-            return any(s in tail for s in until)
-
-        return finished
-
-    def _text(self, ids: list[int], until: list[str]) -> str:
-        think = self.think_end_token
-        if isinstance(think, int) and think in ids:
-            ids = ids[len(ids) - ids[::-1].index(think) :]
-        text = self.tok_decode(ids)
-        text = text.lstrip() if isinstance(think, int) else text
-        return str(postprocess_generated_text(text, until, think if isinstance(think, str) else None))
-
     # --- plumbing ----------------------------------------------------------------------------------------------------
 
+    def _place(self, request: Instance) -> int | None:
+        """Index of the prompt of one request; None without prompts."""
+        if self.bank:
+            return self.bank.place(request.doc or {}, request.task_name, self.prompt_field)
+        return 0 if self.prompts else None
+
+    def _bar(self, total: int, kind: Kind, disable: bool) -> tqdm[Any]:
+        return tqdm(total=total, desc=f"Running {kind} requests", disable=disable or self.rank != 0)
+
     @property
-    def _batch_size(self) -> int | None:
+    def rows_per_batch(self) -> int | None:
         """Rows per forward pass; None (``batch_size=auto``) packs by tokens. Either is halved when memory runs out."""
         return None if str(self.batch_size).startswith("auto") else int(self.batch_size)
 
-    def _cast(self) -> torch.autocast:
+    def cast(self) -> torch.autocast:
         wanted = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=wanted, enabled=wanted is not None)
-
-    def _seed(self, requests: list[Instance], index: int) -> int:
-        """Random stream of one sampled request: of its text and repeat, not of the batch it happens to be in."""
-        request = requests[index]
-        repeat = sum(1 for r in requests[:index] if r is request)
-        text = f"{torch.initial_seed()} {repeat} {request.task_name} {request.doc_id} {request.args[0]}"
-        return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:15], 16)
 
     def _answer(
         self,

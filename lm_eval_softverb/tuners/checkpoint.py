@@ -54,7 +54,7 @@ def load(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, Any]
 class Interrupted(BaseException):
     """Training stopped by a signal after its checkpoint was written; not an error of the program."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
 

@@ -1,0 +1,100 @@
+"""From the strings of a request to token ids with the prompt in its slot: the harness's splitting rules, kept exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lm_eval_softverb.batching import Counters
+from lm_eval_softverb.errors import DataError
+from lm_eval_softverb.frame import Frame, virtual_ids
+from lm_eval_softverb.models.scoring import Ids
+from lm_eval_softverb.prompt import SoftPrompt
+
+
+class Tokenizes(Protocol):
+    """What is needed of the harness's model: its tokenization, with its rules for special tokens."""
+
+    backend: str
+
+    @property
+    def window(self) -> int: ...
+    @property
+    def prefix_token_id(self) -> int: ...
+    @property
+    def bos_token_id(self) -> int | None: ...
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]: ...
+
+
+class Slots:
+    """Encodes requests for a set of prompts; ``place`` is the index of a request's prompt, None means no prompt.
+
+    Attributes:
+        chat: texts were rendered by a chat template and carry the slot mark where a frame belongs in the user's turn.
+    """
+
+    def __init__(self, lm: Tokenizes, prompts: Sequence[SoftPrompt], counters: Counters) -> None:
+        self.lm = lm
+        self.prompts = prompts
+        self.counters = counters
+        self.chat = False
+        self._virtual: list[list[int]] = []
+        for prompt in prompts:
+            self._virtual.append(virtual_ids(sum(map(len, self._virtual)), prompt.n))
+
+    def context(self, text: str, place: int | None) -> list[int]:
+        """Ids of a context with its prompt in place."""
+        if place is None:
+            return list(self.lm.tok_encode(text)) if text else []
+        frame = self.prompts[place].frame
+
+        def tokenize(part: str, first: bool) -> list[int]:
+            return (
+                list(self.lm.tok_encode(part) if first else self.lm.tok_encode(part, add_special_tokens=False)) if part else []
+            )
+
+        return frame.encode(
+            text, self._virtual[place], tokenize, self.lm.bos_token_id, rendered=self.chat and frame.in_user_turn
+        )
+
+    def request(self, context: str, continuation: str, place: int | None) -> tuple[Ids, Ids]:
+        """Ids of context and continuation. As in HFLM, trailing blanks of the context belong to the continuation."""
+        if context == "":
+            # As HFLM: BOS (or EOS) stands for the empty context, unless the continuation brings it.
+            ids = list(self.lm.tok_encode(continuation, add_special_tokens=False))
+            bos = self.lm.prefix_token_id
+            head, rest = ([bos], ids) if ids[:1] != [bos] else (ids[:1], ids[1:])
+            return tuple(self.lead(head, place)), tuple(rest)
+        if blanks := len(context) - len(context.rstrip()):
+            context, continuation = context[:-blanks], context[-blanks:] + continuation
+        if self.lm.backend == "seq2seq":
+            return tuple(self.context(context, place)), tuple(self.lm.tok_encode(continuation, add_special_tokens=False))
+        head_ids = self.context(context, place)
+        return tuple(head_ids), tuple(self.context(context + continuation, place)[len(head_ids) :])
+
+    def lead(self, ids: list[int], place: int | None) -> list[int]:
+        """``ids`` with the prompt in front, for text without a user turn (rolling windows, empty contexts)."""
+        if place is None:
+            return ids
+        frame = self.prompts[place].frame
+        plain = Frame() if frame.in_user_turn else frame
+        return plain.encode("", self._virtual[place], lambda _t, _f: ids, self.lm.bos_token_id)
+
+    def fit(self, context: Ids, room: int) -> Ids:
+        """``context`` cut on the left to ``room`` ids and counted; virtual tokens and a leading BOS stay.
+
+        Raises:
+            DataError: no text would be left.
+        """
+        excess = len(context) - room
+        if excess <= 0:
+            return context
+        cuttable = [i for i, t in enumerate(context) if t >= 0 and not (i == 0 and t == self.lm.bos_token_id)]
+        if len(cuttable) <= excess:
+            raise DataError(
+                f"A request needs more room than the model's context of {self.lm.window} tokens leaves: {len(context)} "
+                f"context tokens, {room} fit. Shorten the continuation or max_gen_toks, or use a longer context."
+            )
+        self.counters.truncated += 1
+        gone = set(cuttable[:excess])
+        return tuple(t for i, t in enumerate(context) if i not in gone)
