@@ -111,6 +111,15 @@ class Backbone:
         return bool(self.model.config.is_encoder_decoder)
 
     @cached_property
+    def gaps_are_harmless(self) -> bool:
+        """Whether masked padding may stand between a shared prefix and the text of a row.
+
+        False where positions cannot be given, and for sliding windows: they count columns, padding included.
+        """
+        layers = DynamicCache(config=self.model.config).layers
+        return "position_ids" in self._parameters and all(type(layer) is DynamicLayer for layer in layers)
+
+    @cached_property
     def fingerprint(self) -> Fingerprint:
         """Identity of weights and tokenizer, the same for every dtype the model is loaded in."""
         rows = [i * self.vocab_size // 8 for i in range(8)]

@@ -20,7 +20,7 @@ class Sampling:
 
     do_sample: bool = False
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
@@ -124,6 +124,8 @@ def generate(
     Returns:
         New ids per row; an end-of-sequence id ends a row and is not included.
     """
+    if not backbone.gaps_are_harmless and len({len(c) for c in contexts}) > 1:
+        prefix = None
     skip = prefix.length if prefix else 0
     suffixes = [list(c[skip:]) for c in contexts]
     ids = backbone.tensor(suffixes, left=True)
@@ -142,9 +144,11 @@ def generate(
     embeds = backbone.embed(ids, rows)
     for _ in range(max_new_tokens):
         logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions).float()
-        if processors:
-            seen = _real_ids(contexts, answers, active, backbone) if sampling.reads_text else ids[:, -1:]
-            logits = processors(seen, logits)
+        if sampling.reads_text:
+            seen = (_real_ids(contexts[i], answers[i], backbone) for i in active)
+            logits = torch.cat([processors(s, row) for s, row in zip(seen, logits.split(1), strict=True)])
+        elif processors:
+            logits = processors(ids[:, -1:], logits)
         chosen = _pick(logits, [streams[i] for i in active] if streams else [])
         going = []
         for place, (row, token) in enumerate(zip(active, chosen, strict=True)):
@@ -174,12 +178,9 @@ def _pick(logits: Tensor, streams: list[torch.Generator]) -> list[int]:
     return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, streams, strict=True)]
 
 
-def _real_ids(contexts: Sequence[Sequence[int]], answers: list[list[int]], active: list[int], backbone: Backbone) -> Tensor:
-    """Text read and written so far, for processors that look at it: a soft prompt has no ids to penalise."""
-    texts = [[t for t in contexts[i] if t >= 0] + answers[i] for i in active]
-    width = max(map(len, texts))
-    # Repeating the first token on the left adds nothing to the set of seen tokens.
-    return torch.tensor([[(t or [0])[0]] * (width - len(t)) + t for t in texts], device=backbone.device)
+def _real_ids(context: Sequence[int], answer: Sequence[int], backbone: Backbone) -> Tensor:
+    """Text of one row read and written so far [1, T], for processors that look at it: a soft prompt has no ids to penalise."""
+    return torch.tensor([[t for t in context if t >= 0] + list(answer)], dtype=torch.long, device=backbone.device)
 
 
 def eos_ids(backbone: Backbone) -> frozenset[int]:

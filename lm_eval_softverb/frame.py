@@ -98,6 +98,7 @@ class Frame:
         bos: int | None = None,
         *,
         rendered: bool = False,
+        continuation: str = "",
     ) -> list[int]:
         """Token ids of ``text`` with the prompt's virtual ids in their place.
 
@@ -108,6 +109,7 @@ class Frame:
             tokenize: ``(text, first) -> ids``; special tokens may be added only where ``first`` is true.
             bos: beginning-of-sequence id, needed by ``after_bos``.
             rendered: see ``text``.
+            continuation: an answer to ``text``; it follows the frame, whatever it contains.
 
         Raises:
             FrameError: no slot in a rendered text, or no BOS token where one is needed.
@@ -120,7 +122,9 @@ class Frame:
                     "Use a template that shows the last user message."
                 )
             ids = tokenize(unescape(before), True) if before else []
-            return [*ids, *virtual, *(tokenize(unescape(after), not ids) if after else [])]
+            after = unescape(after) + continuation
+            return [*ids, *virtual, *(tokenize(after, not ids) if after else [])]
+        text += continuation
         if self.placement == "prefix":
             return [*virtual, *tokenize(text, True)]
         if bos is None:

@@ -82,7 +82,7 @@ class Fingerprint:
                 sketch={str(k): tuple(float(x) for x in v) for k, v in value["sketch"].items()},
                 tokenizer_sha256=str(value["tokenizer_sha256"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ArtifactError(f"The base-model fingerprint is malformed: {error!r}.") from error
 
 

@@ -122,7 +122,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return json.loads(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path} is not UTF-8 text (byte {error.start}). Write it again as UTF-8.") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise ArtifactError(f"{path} is not valid JSON: {error}. The file may be truncated.") from error
 
 
@@ -143,7 +143,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             value = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line).") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not valid JSON ({error}). The line may be truncated.") from error
         if not isinstance(value, dict):
             raise DataError(f"{path}:{number}: expected one JSON object per line, got {type(value).__name__}.")

@@ -42,20 +42,18 @@ class Slots:
         for prompt in prompts:
             self._virtual.append(virtual_ids(sum(map(len, self._virtual)), prompt.n))
 
-    def context(self, text: str, place: int | None) -> list[int]:
-        """Ids of a context with its prompt in place."""
+    def context(self, text: str, place: int | None, continuation: str = "") -> list[int]:
+        """Ids of a context with its prompt in place, and of the continuation behind it."""
         if place is None:
-            return list(self.lm.tok_encode(text)) if text else []
+            return list(self.lm.tok_encode(text + continuation))
         frame = self.prompts[place].frame
 
         def tokenize(part: str, first: bool) -> list[int]:
-            return (
-                list(self.lm.tok_encode(part) if first else self.lm.tok_encode(part, add_special_tokens=False)) if part else []
-            )
+            return list(self.lm.tok_encode(part) if first else self.lm.tok_encode(part, add_special_tokens=False))
 
-        return frame.encode(
-            text, self._virtual[place], tokenize, self.lm.bos_token_id, rendered=self.chat and frame.in_user_turn
-        )
+        rendered = self.chat and frame.in_user_turn
+        virtual, bos = self._virtual[place], self.lm.bos_token_id
+        return frame.encode(text, virtual, tokenize, bos, rendered=rendered, continuation=continuation)
 
     def request(self, context: str, continuation: str, place: int | None) -> tuple[Ids, Ids]:
         """Ids of context and continuation. As in HFLM, trailing blanks of the context belong to the continuation."""
@@ -70,7 +68,7 @@ class Slots:
         if self.lm.backend == "seq2seq":
             return tuple(self.context(context, place)), tuple(self.lm.tok_encode(continuation, add_special_tokens=False))
         head_ids = self.context(context, place)
-        return tuple(head_ids), tuple(self.context(context + continuation, place)[len(head_ids) :])
+        return tuple(head_ids), tuple(self.context(context, place, continuation)[len(head_ids) :])
 
     def lead(self, ids: list[int], place: int | None) -> list[int]:
         """``ids`` with the prompt in front, for text without a user turn (rolling windows, empty contexts)."""

@@ -107,6 +107,7 @@ class SoftPromptLM(HFLM):
                 lm_eval_softverb.__version__,
                 sorted(base.sketch.items()),
                 [base.tokenizer_sha256, str(self.model.dtype), self.window, str(self.softmax_dtype)],
+                str(self.mixed_precision_dtype),
                 [self.add_bos_token, self.custom_prefix_token_id, self.truncation, self.think_end_token],
                 str(self.tokenizer.chat_template) if self.slots.chat else None,
             ]
@@ -160,13 +161,14 @@ class SoftPromptLM(HFLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """HFLM's, with the prompt's frame in the last user turn; a system message is folded in, never dropped."""
         self.slots.chat = True
-        frames = {p.frame for p in self.prompts if p.frame.in_user_turn}
+        frames = {p.frame if p.frame.in_user_turn else None for p in self.prompts}
         if len(frames) > 1:
             raise FrameError(
-                f"Bank {self.bank.source if self.bank else ''} holds {len(frames)} different user-turn frames, but a chat is "
+                f"Bank {self.bank.source if self.bank else ''} holds prompts of {len(frames)} different frames, but a chat is "
                 "rendered before its prompt is known. Score prompts of one frame at a time."
             )
-        messages = next(iter(frames)).wrap_chat(chat_history) if frames else chat_history
+        frame = next(iter(frames), None)
+        messages = frame.wrap_chat(chat_history) if frame else chat_history
         text, folded = render_chat(self.tokenizer, messages, add_generation_prompt, self.chat_template_args)
         self.counters.system_folded += folded
         return text

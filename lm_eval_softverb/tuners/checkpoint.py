@@ -61,11 +61,9 @@ class Interrupted(BaseException):
 
 @dataclass
 class StopRequest:
-    number: int | None = None
+    """Set to the signal's number once one has arrived."""
 
-    def raise_if_set(self) -> None:
-        if self.number is not None:
-            raise Interrupted(self.number)
+    number: int | None = None
 
 
 @contextmanager

@@ -172,10 +172,12 @@ def train_soft_prompt(
                 state.cursor += 1
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", best=f"{state.best_loss:.3f}", epoch=state.epoch + 1)
-                if stop.number is not None or time.monotonic() - saved >= checkpoint_seconds:
+                if time.monotonic() - saved >= checkpoint_seconds:
                     save()
                 on_step(state.step)
-                stop.raise_if_set()
+                if stop.number is not None:
+                    save()
+                    raise checkpoint.Interrupted(stop.number)
             _end_epoch(backbone, state, held_out, config, len(batches))
         if state.step < total:
             bar.total = state.step
