@@ -93,12 +93,14 @@ def make_model(kind: str, vocab: int, *, tied: bool = False, seed: int = 0, wind
         model = t.T5ForConditionalGeneration(config)
     else:
         raise ValueError(kind)
+    generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        generator = torch.Generator().manual_seed(seed + 1)
         for name, p in model.named_parameters():
-            if p.dim() > 1:
-                spread = 0.5 if "embed" in name or "shared" in name or "wte" in name else 0.25
-                p.copy_(torch.randn(p.shape, generator=generator) * spread)
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() == 1:  # norms and biases
+                p.add_(noise * 0.1)
+            else:  # Gemma scales its input embeddings; tied ones would only repeat the last token
+                p.copy_(noise * (0.1 if kind.startswith("gemma") and "embed" in name else 0.5))
     return model.eval()
 
 
@@ -121,8 +123,8 @@ TINY = {
     "llama_padded": Tiny("llama", tied=True, extra_rows=37),
     "gpt2": Tiny("gpt2", tied=True, template=None),
     "qwen2": Tiny("qwen2"),
-    "gemma2": Tiny("gemma2", tied=True, bos=True),
-    "gemma3": Tiny("gemma3", tied=True, bos=True),
+    "gemma2": Tiny("gemma2", bos=True),
+    "gemma3": Tiny("gemma3", bos=True),
     "t5": Tiny("t5", eos=True),
 }
 CAUSAL = [name for name in TINY if name != "t5"]

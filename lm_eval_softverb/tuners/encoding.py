@@ -40,10 +40,11 @@ def encode_rows(backbone: Backbone, rows: Sequence[Row], config: SoftConfig) -> 
 
     def tokenize(text: str, first: bool) -> list[int]:
         special = first and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-        return list(tokenizer.encode(text, add_special_tokens=special)) if text else []
+        return list(tokenizer.encode(text, add_special_tokens=special))
 
-    def encode(text: str) -> list[int]:
-        return config.frame.encode(text, virtual, tokenize, bos, rendered=config.chat and config.frame.in_user_turn)
+    def encode(text: str, output: str = "") -> list[int]:
+        rendered = config.chat and config.frame.in_user_turn
+        return config.frame.encode(text, virtual, tokenize, bos, rendered=rendered, continuation=output)
 
     examples, cut = [], 0
     for row in rows:
@@ -57,7 +58,7 @@ def encode_rows(backbone: Backbone, rows: Sequence[Row], config: SoftConfig) -> 
             context, target = encode(text), tokenize(output, False)
         else:
             context = encode(text)
-            target = encode(text + output)[len(context) :]
+            target = encode(text, output)[len(context) :]
         if config.eos and tokenizer.eos_token_id is not None:
             target.append(tokenizer.eos_token_id)
         excess = len(context) + len(target) - config.max_length

@@ -289,9 +289,7 @@ def test_default_tasks_include_every_task_of_ours(manager):
 
 
 def test_without_default_tasks_only_the_given_paths_count(manager, tmp_path):
-    assert manager.TaskManager(include_path=str(tmp_path / "default"), include_defaults=False).all_tasks == [
-        "builtin_probe"
-    ]
+    assert manager.TaskManager(include_path=str(tmp_path / "default"), include_defaults=False).all_tasks == ["builtin_probe"]
 
 
 @pytest.mark.parametrize("shape", [str, lambda path: path, lambda path: [str(path)], lambda path: (path,)])
