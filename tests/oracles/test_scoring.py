@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracles_common import HARD, PLACES, pieces
 from toys import BOS, CAUSAL, TINY, assert_same_scores, hard_rows, loglikelihood, rolling
 
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.errors import DataError
 from lm_eval_softverb.models import softprompt
-
-HARD = "Please decide whether the text"  # becomes the soft prompt
-PLACES = [("prefix", "§"), ("after_bos", "§"), ("user_start", "Please §."), ("user_end", "Is it § or not?")]
-
-
-def pieces(tokenizer, placement, frame, hard, text):
-    """Ids of ``text`` with the ids ``hard`` in their place, by the words of the Frame docstring."""
-
-    def more(part):
-        return tokenizer.encode(part, add_special_tokens=False) if part else []
-
-    if placement == "prefix":
-        return hard + tokenizer.encode(text)
-    if placement == "after_bos":
-        return [BOS, *hard, *more(text)]
-    before, after = frame.split("§")
-    if placement == "user_start":
-        return tokenizer.encode(before) + hard + more(f"{after} {text}")
-    return tokenizer.encode(f"{text} {before}") + hard + more(after)
 
 
 def scores_of_ids(hflm, requests):
@@ -105,10 +87,9 @@ def test_rolling_windows_leave_room_for_the_prompt(ours, stock, random_prompt, b
         return forward(self, *args, **kwargs)
 
     lm.model.forward = spy.__get__(lm.model)
-    lm.backbone._parameters  # noqa: B018  (read before forward is replaced)
     (total,) = rolling(lm, [text])
-    assert max(seen) <= lm._window
-    assert lm.max_length == lm._window - 20
+    assert max(seen) <= lm.window
+    assert lm.max_length == lm.window - 20
     n_tokens = len(lm.tok_encode(text))
     assert n_tokens > 2 * lm.max_length
     assert -20 * n_tokens < total < -n_tokens / 10
