@@ -15,7 +15,8 @@ def render_chat(
 ) -> tuple[str, int]:
     """Renders ``messages`` with the tokenizer's chat template.
 
-    A template without a system role gets the system text at the head of the first user turn (the harness drops it).
+    A template that rejects or leaves out a system message gets its text at the head of the first user turn (the harness
+    drops it).
 
     Returns:
         The text, and 1 if a system message was folded, else 0.
@@ -39,21 +40,25 @@ def render_chat(
             )
         )
 
+    system = [m["content"] for m in messages if m["role"] == "system"]
     try:
-        return render(messages), 0
+        text = render(messages)
+        if all(content.strip() in text for content in system):
+            return text, 0
+        reason = "it leaves the system message out"
     except jinja2.exceptions.TemplateError as error:
-        system = [m["content"] for m in messages if m["role"] == "system"]
-        rest = [dict(m) for m in messages if m["role"] != "system"]
-        user = next((m for m in rest if m["role"] == "user"), None)
-        if not system or user is None:
-            raise FrameError(
-                f"The chat template of {tokenizer.name_or_path} rejects the messages ({error}); roles: "
-                f"{[m['role'] for m in messages]}."
-            ) from error
-        user["content"] = "\n\n".join([*system, user["content"]])
-        try:
-            return render(rest), 1
-        except jinja2.exceptions.TemplateError as second:
-            raise FrameError(
-                f"The chat template of {tokenizer.name_or_path} rejects the messages even without a system role ({second})."
-            ) from second
+        reason = str(error)
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    user = next((m for m in rest if m["role"] == "user"), None)
+    if not system or user is None:
+        raise FrameError(
+            f"The chat template of {tokenizer.name_or_path} rejects the messages ({reason}); roles: "
+            f"{[m['role'] for m in messages]}."
+        )
+    user["content"] = "\n\n".join([*system, user["content"]])
+    try:
+        return render(rest), 1
+    except jinja2.exceptions.TemplateError as error:
+        raise FrameError(
+            f"The chat template of {tokenizer.name_or_path} rejects the messages even without a system role ({error})."
+        ) from error

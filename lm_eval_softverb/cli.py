@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_softverb import __version__
-from lm_eval_softverb.errors import ConfigError, MissingExtra, SoftverbError
+from lm_eval_softverb.errors import ConfigError, FrameError, MissingExtra, SoftverbError
 
 OLDEST_LM_EVAL = (0, 4, 13)
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_lm_eval()
         return int(arguments.run(arguments) or 0)
-    except (ConfigError, MissingExtra) as error:
+    except (ConfigError, FrameError, MissingExtra) as error:
         print(f"softverb: {error}", file=sys.stderr)
         return 2
     except SoftverbError as error:

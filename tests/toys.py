@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 WINDOW = 96
-SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]  # Qwen2's tokenizer adds the last one
 PAD, BOS, EOS = 0, 1, 2
 SENTENCES = [
     "The film is a joy from the first scene to the last, and the actors are wonderful.",
@@ -56,7 +56,7 @@ def make_tokenizer(*, bos: bool = False, eos: bool = False, template: str | None
         bos_token=None if eos else "<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=SPECIAL[3:],
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = template
@@ -115,6 +115,7 @@ class Tiny:
     extra_rows: int = 0
     seed: int = 0
     template: str | None = CHATML
+    window: int = WINDOW
 
 
 TINY = {
@@ -133,7 +134,7 @@ CAUSAL = [name for name in TINY if name != "t5"]
 def save_tiny(tiny: Tiny, folder: Path) -> str:
     if not (folder / "tokenizer.json").exists():
         tokenizer = make_tokenizer(bos=tiny.bos, eos=tiny.eos, template=tiny.template)
-        model = make_model(tiny.kind, len(tokenizer) + tiny.extra_rows, tied=tiny.tied, seed=tiny.seed)
+        model = make_model(tiny.kind, len(tokenizer) + tiny.extra_rows, tied=tiny.tied, seed=tiny.seed, window=tiny.window)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return str(folder)

@@ -6,6 +6,7 @@ the prompt's slot.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def run_arm(q: Quickstart, arm: Arm, batch_size: int) -> tuple[dict[str, Any], s
     from lm_eval_softverb.plugin import register, task_dir
 
     register()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the table says what these messages say
     model_args = {"pretrained": q.pretrained, "dtype": q.dtype, **arm.model_args(q)}
     folder = q.out / "lm_eval" / arm.name
     storage.require_writable(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 from lm_eval_softverb.batching import Counters
@@ -51,9 +52,22 @@ class Slots:
         def tokenize(part: str, first: bool) -> list[int]:
             return list(self.lm.tok_encode(part) if first else self.lm.tok_encode(part, add_special_tokens=False))
 
+        def plain(part: str, _first: bool) -> list[int]:
+            return tokenize(part, False)
+
         rendered = self.chat and frame.in_user_turn
         virtual, bos = self._virtual[place], self.lm.bos_token_id
+        if frame.in_user_turn and self.lm.backend == "seq2seq":
+            before, after = self._specials  # encoders read an end of sequence, behind the whole turn
+            return [*before, *frame.encode(text, virtual, plain, bos, rendered=rendered), *after]
         return frame.encode(text, virtual, tokenize, bos, rendered=rendered, continuation=continuation)
+
+    @cached_property
+    def _specials(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and behind every text."""
+        inner, whole = list(self.lm.tok_encode("a", add_special_tokens=False)), list(self.lm.tok_encode("a"))
+        start = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+        return whole[:start], whole[start + len(inner) :]
 
     def request(self, context: str, continuation: str, place: int | None) -> tuple[Ids, Ids]:
         """Ids of context and continuation. As in HFLM, trailing blanks of the context belong to the continuation."""
