@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lm_eval_softverb import storage
+from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.prompt import Fingerprint, SoftPrompt
 
 _PROBES = (
@@ -69,8 +70,12 @@ class Backbone:
         """Loads a hub id, a folder, or a packaged name such as ``smollm2-135m``, frozen and in evaluation mode.
 
         Raises:
+            ConfigError: an unknown dtype.
             ModelUnavailable: not on disk and not reachable.
         """
+        wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype, None)
+        if not isinstance(wanted, (str, torch.dtype)):
+            raise ConfigError(f"Unknown dtype {dtype!r}; expected auto, float32, bfloat16, float16 or float64.")
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         from lm_eval_softverb.pretrained import loading, locate
@@ -79,7 +84,7 @@ class Backbone:
         with loading(pretrained):
             config = AutoConfig.from_pretrained(path, revision=revision)
             kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = kind.from_pretrained(path, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+            model = kind.from_pretrained(path, revision=revision, dtype=wanted)
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         return cls(model, tokenizer, pretrained, revision)

@@ -37,16 +37,19 @@ class Bank:
         manifest = root / MANIFEST
         if not manifest.exists():
             raise ArtifactError(f"{root} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete).")
-        prompts, entries = [], []
+        prompts, entries, names = [], [], set[str]()
         for number, entry in storage.read_jsonl(manifest):
             path, name = entry.get("path"), entry.get("prompt_id")
-            if not isinstance(path, str) or not isinstance(name, str):
+            if not isinstance(path, str) or not isinstance(name, str) or "\0" in path:
                 raise ArtifactError(f"{manifest}:{number}: expected strings 'prompt_id' and 'path', got {name!r}, {path!r}.")
+            if name in names:
+                raise ArtifactError(f"{manifest}:{number}: a second prompt is named {name!r}; names must be unique.")
             inside = (root / path).resolve()
             if not inside.is_relative_to(root.resolve()):
                 raise ArtifactError(f"{manifest}:{number}: path {path!r} leaves the bank's folder.")
             prompts.append(SoftPrompt.load(inside))
             entries.append(entry)
+            names.add(name)
         if not prompts:
             raise ArtifactError(f"{manifest} lists no prompts.")
         return cls(tuple(prompts), tuple(entries), str(root))
@@ -64,15 +67,18 @@ class Bank:
         return root
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        by_task = {str(e["task"]): i for i, e in enumerate(self.entries) if "task" in e}
-        return by_task | {str(e["prompt_id"]): i for i, e in enumerate(self.entries)}
+    def _places(self) -> dict[str, list[int]]:
+        places: dict[str, list[int]] = {}
+        for i, entry in enumerate(self.entries):
+            if "task" in entry:
+                places.setdefault(str(entry["task"]), []).append(i)
+        return places | {str(e["prompt_id"]): [i] for i, e in enumerate(self.entries)}
 
     def place(self, doc: Mapping[str, Any], task: str | None, field: str) -> int:
         """Index of the prompt for one document: by its ``field``, else by its task.
 
         Raises:
-            ArtifactError: the bank has no such prompt.
+            ArtifactError: the bank has no such prompt, or several for the task.
         """
         wanted = str(doc[field]) if field in doc else str(task)
         if wanted not in self._places:
@@ -81,4 +87,9 @@ class Bank:
                 f"Bank {self.source} has no prompt for {wanted!r}, asked for by {how}. "
                 f"{did_you_mean(wanted, list(self._places))}"
             )
-        return self._places[wanted]
+        found = self._places[wanted]
+        if len(found) > 1:
+            raise ArtifactError(
+                f"Bank {self.source} has {len(found)} prompts for task {wanted!r}; a document field {field!r} must name one."
+            )
+        return found[0]

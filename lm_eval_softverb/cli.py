@@ -51,6 +51,23 @@ def require_lm_eval() -> None:
         raise MissingExtra(f"lm_eval {found} is too old, at least {wanted} is needed: pip install 'lm_eval>={wanted},<0.5'.")
 
 
+# Options of `softverb train` that are settings of the tuner under the same name.
+_PLAIN_SETTINGS = (
+    "init_text",
+    "init_scale",
+    "epochs",
+    "patience",
+    "min_delta",
+    "batch_size",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "validation",
+    "max_length",
+    "seed",
+)
+
 # --- subcommands -----------------------------------------------------------------------------------------------------
 
 
@@ -67,15 +84,9 @@ def _train(a: argparse.Namespace) -> int:
         frame=Frame(placement=placement, text=text),
         chat=a.chat or None,
         init=a.init or ("text" if a.init_text else None),
-        init_text=a.init_text,
-        epochs=a.epochs,
-        patience=a.patience,
-        batch_size=a.batch_size,
         learning_rate=a.lr,
-        weight_decay=a.weight_decay,
-        validation=a.validation,
-        max_length=a.max_length,
-        seed=a.seed,
+        eos=False if a.no_eos else None,
+        **{name: getattr(a, name) for name in _PLAIN_SETTINGS},
     )
     storage.require_writable(a.out)
 
@@ -195,11 +206,17 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument("--chat", action="store_true", help="render rows with the chat template; score with --apply_chat_template")
     p.add_argument("--init", help="vocab (default), normal or text")
     p.add_argument("--init-text", help="text whose embeddings the prompt starts from")
+    p.add_argument("--init-scale", type=float, help="standard deviation of --init normal")
     p.add_argument("--epochs", type=int, help="most passes over the rows")
     p.add_argument("--patience", type=int, help="epochs without improvement before stopping; 0 never stops early")
+    p.add_argument("--min-delta", type=float, help="smallest improvement of the validation loss that counts")
     p.add_argument("--batch-size", type=int, help="rows per optimiser step")
     p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--weight-decay", type=float)
+    p.add_argument("--schedule", help="linear (default), cosine or constant")
+    p.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate")
+    p.add_argument("--weight-decay", type=float, help="AdamW's weight decay of the prompt's rows")
+    p.add_argument("--max-grad-norm", type=float, help="gradient clipping; 0 does not clip")
+    p.add_argument("--no-eos", action="store_true", help="do not end targets with EOS")
     p.add_argument("--validation", type=float, help="share of the rows that chooses the best epoch")
     p.add_argument("--max-length", type=int, help="longest row in tokens; inputs are cut on the left, targets never")
     p.add_argument("--seed", type=int, help="of initial rows, split and order (default: 0)")

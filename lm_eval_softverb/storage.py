@@ -74,14 +74,16 @@ def write_bytes(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)  # noqa: PTH105  (the one call a full disk is injected into)
+        temporary = None
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
         raise OutputError(
             f"Could not write {len(data):,} bytes to {path}: {error.strerror or error}. "
             "The previous file, if any, is unchanged; free some space or choose another folder and run again."
         ) from error
+    finally:  # also when a signal ends the write
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
 
 
 def write_text(path: Path, text: str) -> None:

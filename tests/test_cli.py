@@ -84,7 +84,7 @@ def test_f33_a_missing_extra_names_the_pip_command(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"pip install 'lm_eval_softverb\[plots\]'"):
-        plot_svg([Line("a", "t", "acc", 0.5, 0.4, 0.6, 10)], "title")
+        plot_svg([Line("a", "t", "acc", 0.5, 0.4, 0.6, 10)])
 
 
 def test_f33_control_doctor_runs(capsys):

@@ -101,7 +101,7 @@ def to_text(lines: Sequence[Line]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
-def plot_svg(lines: Sequence[Line], title: str) -> str:
+def plot_svg(lines: Sequence[Line]) -> str:
     """Dots with intervals, one panel per (task, metric), as inline SVG.
 
     Raises:
@@ -125,10 +125,10 @@ def plot_svg(lines: Sequence[Line], title: str) -> str:
                     axis.plot([100 * x.value], [place], "o", color="#1d3557")
             axis.set_yticks(range(len(arms)), list(reversed(arms)))
             axis.set_xlim(-2, 102)
+            axis.set_ylim(-0.5, len(arms) - 0.5)
             axis.set_title(" · ".join(panel), fontsize=9)
             axis.set_xlabel("% of documents, 95 % interval", fontsize=8)
             axis.grid(axis="x", alpha=0.3)
-        figure.suptitle(title, fontsize=10)
         figure.tight_layout()
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -159,7 +159,7 @@ def to_html(title: str, intro: str, scores: Sequence[Line], differences: Sequenc
         ".n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
         "svg{max-width:100%;height:auto}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
-        f"{plot_svg(scores, title)}<h2>Scores</h2>{table(scores)}"
+        f"{plot_svg(scores)}<h2>Scores</h2>{table(scores)}"
         f"<h2>Paired differences on the same documents</h2>{table(differences)}{blocks}</body></html>"
     )
 

@@ -33,6 +33,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.quarantined: str | None = None
+        self.unreadable = 0
         try:
             storage.require_writable(path.parent)
             self._db = self._open()
@@ -52,15 +53,21 @@ class Ledger:
             if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
             db.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE} (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+            if [column[1] for column in db.execute(f"PRAGMA table_info({_TABLE})")] != ["key", "answer"]:
+                raise sqlite3.DatabaseError(f"table {_TABLE} has other columns")
         except sqlite3.DatabaseError:
             db.close()
             raise
         return db
 
     def get(self, key: str) -> Any:
-        """The stored answer, or None."""
+        """The stored answer, or None; one that is no JSON is counted and as good as none."""
         found = self._db.execute(f"SELECT answer FROM {_TABLE} WHERE key = ?", (key,)).fetchone()
-        return json.loads(found[0]) if found else None
+        try:
+            return json.loads(found[0]) if found else None
+        except (ValueError, TypeError, RecursionError):
+            self.unreadable += 1
+            return None
 
     def put(self, key: str, answer: Any) -> None:
         try:

@@ -152,6 +152,7 @@ class SoftPromptLM(HFLM):
                 "n_out_of_memory_splits": self.counters.out_of_memory,
                 "n_system_folded": self.counters.system_folded,
                 "cache_quarantined": self.ledger.quarantined if self.ledger else None,
+                "n_cache_unreadable": self.ledger.unreadable if self.ledger else 0,
                 "branching": self.branching,
             },
         }
