@@ -13,6 +13,9 @@ from transformers.cache_utils import DynamicLayer
 
 from lm_eval_softverb.backbone import Backbone, Prefix
 
+MAX_ROWS = 64
+KV_BUDGET = 128 << 20  # bytes
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -67,37 +70,56 @@ class Sampling:
 
 
 class _Buffered(DynamicLayer):
-    """A cache layer with room for the whole generation: appending a token copies that token, not everything before it."""
+    """A cache layer with room for the whole generation: appending a token copies that token, not everything before it.
 
-    def __init__(self, capacity: int) -> None:
+    Its rows can be filled a few at a time (:meth:`begin`), so that many rows decode together after prefilling in parts.
+    """
+
+    def __init__(self, rows: int, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
+        self.rows = rows
+        self.length = 0
+        self.part = slice(0, rows)
+
+    def begin(self, part: slice, length: int = 0) -> None:
+        """From now on only the rows of ``part`` are seen, which hold ``length`` tokens."""
+        self.part, self.length = part, length
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            batch, heads, _, size = key_states.shape
-            self._k = key_states.new_empty(batch, heads, self.capacity, size)
-            self._v = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        self._k[:, :, start:end] = key_states
-        self._v[:, :, start:end] = value_states
-        self.keys, self.values = self._k[:, :, :end], self._v[:, :, :end]
+            _, heads, _, size = key_states.shape
+            self._k = key_states.new_empty(self.rows, heads, self.capacity, size)
+            self._v = value_states.new_empty(self.rows, heads, self.capacity, value_states.shape[-1])
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self._k[self.part, :, start : self.length] = key_states
+        self._v[self.part, :, start : self.length] = value_states
+        self.keys, self.values = self._k[self.part, :, : self.length], self._v[self.part, :, : self.length]
         return self.keys, self.values
 
+    def get_seq_length(self) -> int:
+        return self.length
+
     def batch_select_indices(self, indices: Tensor) -> None:
-        end = self.get_seq_length()
         self._k, self._v = self._k[indices], self._v[indices]
-        self.keys, self.values = self._k[:, :, :end], self._v[:, :, :end]
+        self.rows = len(indices)
+        self.part = slice(0, self.rows)
 
 
-def _cache(backbone: Backbone, prefix: Prefix | None, batch: int, capacity: int) -> DynamicCache:
-    cache = DynamicCache(config=backbone.model.config)
-    cache.layers = [_Buffered(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    for index, (keys, values) in enumerate(prefix.layers if prefix else ()):
-        cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
-    return cache
+def decode_rows(backbone: Backbone, rows: int, length: int) -> int:
+    """How many rows of ``length`` tokens to decode together when ``rows`` are prefilled at a time.
+
+    One decoding step reads all weights whatever the number of rows, so more rows cost little; what they need is room for
+    keys and values, of which at most :data:`KV_BUDGET` bytes are taken beyond what ``rows`` need anyway.
+    """
+    config = backbone.model.config
+    if not backbone.gaps_are_harmless:  # layers that forget cannot be filled in parts
+        return rows
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_row = 2 * config.num_hidden_layers * heads * size * length * backbone.embedding.weight.element_size()
+    return int(max(rows, min(4 * rows, MAX_ROWS, KV_BUDGET // per_row)))
 
 
 @torch.no_grad()
@@ -107,6 +129,7 @@ def generate(
     contexts: Sequence[Sequence[int]],
     *,
     prefix: Prefix | None = None,
+    prefill_rows: int | None = None,
     max_new_tokens: int,
     finished: Callable[[list[int]], bool],
     sampling: Sampling = Sampling(),
@@ -119,6 +142,7 @@ def generate(
 
     Args:
         prefix: keys and values of the first ``prefix.length`` ids, which all contexts share.
+        prefill_rows: contexts to read at a time (see :func:`decode_rows`); None reads all at once.
         finished: told the new ids of a row after each step; true ends the row (its last id included in the answer).
 
     Returns:
@@ -129,21 +153,17 @@ def generate(
     skip = prefix.length if prefix else 0
     suffixes = [list(c[skip:]) for c in contexts]
     ids = backbone.tensor(suffixes, left=True)
-    batch, width = ids.shape
+    batch = len(contexts)
     real = backbone.tensor([[1] * len(s) for s in suffixes], left=True)
     mask = torch.cat([real.new_ones(batch, skip), real], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
-    cache = _cache(backbone, prefix, batch, skip + width + max_new_tokens)
+    cache, logits = _prefill(backbone, rows, prefix, ids, mask, positions, prefill_rows or batch, max_new_tokens)
     processors, eos = sampling.processors(), eos_ids(backbone)
     streams = [torch.Generator().manual_seed(s) for s in seeds or range(batch)] if sampling.do_sample else []
 
     answers: list[list[int]] = [[] for _ in contexts]
     active = list(range(batch))
-    keep = torch.zeros(batch, width, dtype=torch.bool)
-    keep[:, -1] = True
-    embeds = backbone.embed(ids, rows)
-    for _ in range(max_new_tokens):
-        logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions).float()
+    for step in range(max_new_tokens):
         if sampling.reads_text:
             seen = (_real_ids(contexts[i], answers[i], backbone) for i in active)
             logits = torch.cat([processors(s, row) for s, row in zip(seen, logits.split(1), strict=True)])
@@ -164,11 +184,46 @@ def generate(
             cache.batch_select_indices(select)
             mask, positions = mask[select], positions[select]
             active, chosen = [active[p] for p in going], [chosen[p] for p in going]
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-        embeds = backbone.embed(torch.tensor(chosen, device=ids.device)[:, None], rows)
-        keep = torch.ones(len(active), 1, dtype=torch.bool)
+        if step + 1 < max_new_tokens:
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+            ids = torch.tensor(chosen, device=ids.device)[:, None]
+            keep = torch.ones(len(active), 1, dtype=torch.bool)
+            embeds = backbone.embed(ids, rows)
+            logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions).float()
     return answers
+
+
+def _prefill(
+    backbone: Backbone,
+    rows: Tensor,
+    prefix: Prefix | None,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    at_a_time: int,
+    max_new_tokens: int,
+) -> tuple[DynamicCache, Tensor]:
+    """Reads the contexts; returns the cache of all rows and the logits [B, V] behind each."""
+    (batch, width), length = ids.shape, mask.shape[1]
+    cache = DynamicCache(config=backbone.model.config)
+    cache.layers = [_Buffered(batch, length + max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
+    buffered = [layer for layer in cache.layers if isinstance(layer, _Buffered)]
+    logits = []
+    for start in range(0, batch, at_a_time):
+        part = slice(start, min(start + at_a_time, batch))
+        count = part.stop - start
+        for layer in buffered:
+            layer.begin(part)
+        for index, (keys, values) in enumerate(prefix.layers if prefix else ()):
+            cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), index)
+        keep = torch.zeros(count, width, dtype=torch.bool)
+        keep[:, -1] = True
+        embeds = backbone.embed(ids[part], rows)
+        logits.append(backbone.logits(embeds, keep, cache=cache, attention_mask=mask[part], position_ids=positions[part]))
+    for layer in buffered:
+        layer.begin(slice(0, batch), length)
+    return cache, torch.cat(logits).float()
 
 
 def _pick(logits: Tensor, streams: list[torch.Generator]) -> list[int]:

@@ -13,7 +13,7 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 
 from lm_eval_softverb.backbone import Prefix
 from lm_eval_softverb.batching import batches, halving, leading_virtual, shared_length
-from lm_eval_softverb.decoding import Sampling, generate, generate_stock
+from lm_eval_softverb.decoding import Sampling, decode_rows, generate, generate_stock
 from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.models.scoring import Ids
 
@@ -62,6 +62,7 @@ def answer_generations(
                         lm.rows,
                         texts,
                         prefix=prefix,
+                        prefill_rows=lm.rows_per_batch,
                         max_new_tokens=new,
                         finished=finished,
                         sampling=sampling,
@@ -69,7 +70,10 @@ def answer_generations(
                     )
             return list(zip(part, out, strict=True))
 
-        for batch in batches(group, lambda i: len(contexts[i]) + new, lm.rows_per_batch):
+        together = lm.rows_per_batch
+        if together and sampling:
+            together = decode_rows(lm.backbone, together, max(len(contexts[i]) for i in group) + new)
+        for batch in batches(group, lambda i: len(contexts[i]) + new, together):
             for i, ids in halving(run, batch, lm.counters):
                 report(i, _text(lm, ids, until))
 
