@@ -3,7 +3,8 @@
     make bench NAME=eval_speed
     make bench NAME=eval_speed ARGS="--task softverb_sst2 --limit 200 --batch-size 32 --dtype bfloat16"
 
-Cases: multiple choice at 20 and 100 virtual tokens, and generation. Multiple choice agrees when every log-likelihood is within
+Cases: multiple choice at 20 and 100 virtual tokens; generation with the trained SST-2 prompt of ``benchmarks/prompts`` (short
+answers) and with untrained ones (answers run to their limit). Multiple choice agrees when every log-likelihood is within
 the tolerance; generation when each row equals what the peer writes for it alone (batch size 1). Peak memory is that of
 answering, each side in a process of its own. ``--task`` names the generation task; its ``_mc`` twin is used too.
 """
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.common import alternate, in_child, peak_mib, ratio, report, reset_peak
 
+TRAINED = Path(__file__).parent / "prompts" / "sst2"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
 
 
@@ -38,16 +40,22 @@ def main() -> None:
         return
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        for kind, n in (("multiple_choice", 20), ("multiple_choice", 100), ("generation", 20)):
-            cases.append(case(a, kind, n, Path(folder) / str(n)))
+        untrained = {n: make_prompt(n, Path(folder) / str(n)) for n in (20, 100)}
+        for kind, title, prompt in (
+            ("multiple_choice", "20 virtual tokens", untrained[20]),
+            ("multiple_choice", "100 virtual tokens", untrained[100]),
+            ("generation", "trained prompt, 20 virtual tokens", TRAINED),
+            ("generation", "untrained prompt, 20 virtual tokens", untrained[20]),
+            ("generation", "untrained prompt, 100 virtual tokens", untrained[100]),
+        ):
+            cases.append(case(a, kind, title, prompt))
             print(f"# {json.dumps(cases[-1])}", flush=True)
     head = {key: cases[0][key] for key in ("ours", "peer", "ratio")}
     setting = {"task": a.task, "dtype": a.dtype, "batch_size": a.batch_size, "limit": a.limit}
     report("eval_speed", head, all(c["agree"] for c in cases), cases=cases, setting=setting)
 
 
-def case(a: argparse.Namespace, kind: str, n: int, prompt: Path) -> dict[str, Any]:
-    make_prompt(n, prompt)
+def case(a: argparse.Namespace, kind: str, title: str, prompt: Path) -> dict[str, Any]:
     requests = instances(a.task + ("_mc" if kind == "multiple_choice" else ""), a.limit)
     ours, peer = model("ours", prompt, a), model("peer", prompt, a)
     method = "loglikelihood" if kind == "multiple_choice" else "generate_until"
@@ -57,7 +65,7 @@ def case(a: argparse.Namespace, kind: str, n: int, prompt: Path) -> dict[str, An
         answers[side] = quiet(getattr(lm, method), requests)
 
     times = alternate(lambda: run("ours", ours), lambda: run("peer", peer), a.repeats)
-    out = {"case": f"{kind}, {n} virtual tokens", "requests": len(requests), **ratio(*times)}
+    out = {"case": f"{kind}, {title}", "requests": len(requests), **ratio(*times)}
     if kind == "multiple_choice":
         worst = max(abs(x[0] - y[0]) for x, y in zip(answers["ours"], answers["peer"], strict=True))
         out |= {"max_difference": worst, "agree": worst <= TOLERANCE[a.dtype]}
@@ -86,15 +94,14 @@ def quiet(run: Any, requests: list[Any]) -> Any:
         return run(requests, disable_tqdm=True)
 
 
-def make_prompt(n: int, folder: Path) -> None:
+def make_prompt(n: int, folder: Path) -> Path:
     from lm_eval_softverb.backbone import Backbone
     from lm_eval_softverb.prompt import SoftPrompt
     from lm_eval_softverb.tuners.config import SoftConfig
     from lm_eval_softverb.tuners.soft import initial_rows
 
-    if not folder.exists():
-        backbone = Backbone.load("smollm2-135m", dtype="float32")
-        SoftPrompt(initial_rows(backbone, SoftConfig(tokens=n)), fingerprint=backbone.fingerprint).save(folder)
+    backbone = Backbone.load("smollm2-135m", dtype="float32")
+    return SoftPrompt(initial_rows(backbone, SoftConfig(tokens=n)), fingerprint=backbone.fingerprint).save(folder)
 
 
 def model(side: str, prompt: Path, a: argparse.Namespace) -> Any:

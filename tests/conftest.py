@@ -128,12 +128,15 @@ def pairs(texts):
     return [*out, (texts[0], " good"), (texts[0], " good"), (texts[1] + " ", "bad"), ("", "Good."), ("", "a film")]
 
 
-@pytest.fixture
-def evaluate(tmp_path):
+@pytest.fixture(scope="session")
+def evaluate():
     """``evaluate(lm, task configs, **simple_evaluate arguments)`` on tasks given as dicts with ``rows``."""
     import datasets
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False)  # indexing the harness's own tasks takes ten seconds
 
     def run(lm, configs, **kwargs):
         tasks = []
@@ -143,6 +146,8 @@ def evaluate(tmp_path):
             config |= {"custom_dataset": lambda rows=rows, **_kw: {"test": datasets.Dataset.from_list(rows)}}
             config = {"test_split": "test", "fewshot_split": "test", **config}
             tasks.append(ConfigurableTask(config=config))
-        return lm_eval.simple_evaluate(model=lm, tasks=tasks, bootstrap_iters=0, verbosity="ERROR", **kwargs)
+        return lm_eval.simple_evaluate(
+            model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0, verbosity="ERROR", **kwargs
+        )
 
     return run

@@ -218,3 +218,9 @@ def logged(results, task):
     """The model's filtered answers of one task, in document order."""
     samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
     return [s["resps"] for s in samples]
+
+
+def evaluate_arguments(results, task):
+    """The contexts of one task as the harness rendered them, in document order."""
+    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    return [s["arguments"][0][0] for s in samples]

@@ -8,6 +8,7 @@ The stock model is run, not PEFT's wrapper. Without ``peft=`` and ``bank=`` ther
 from __future__ import annotations
 
 import logging
+from collections import Counter as Tally
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -157,7 +158,7 @@ class SoftPromptLM(HFLM):
             },
         }
 
-    # --- requests ---------------------------------------------------------------------------------------------------
+    # --- rendering ---------------------------------------------------------------------------------------------------
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """HFLM's, with the prompt's frame in the last user turn; a system message is folded in, never dropped."""
@@ -201,7 +202,7 @@ class SoftPromptLM(HFLM):
                 for context, continuation in map(utils.make_disjoint_window, windows):
                     pairs.append((tuple(self.slots.lead(list(context), self._place(request))), tuple(continuation)))
                     owner.append(i)
-            totals, left = [0.0] * len(part), [owner.count(i) for i in range(len(part))]
+            totals, left = [0.0] * len(part), Tally(owner)
 
             def window_done(index: int, answer: tuple[float, bool]) -> None:
                 i = owner[index]
@@ -227,11 +228,7 @@ class SoftPromptLM(HFLM):
                 raise DataError(f"A request has {len(context)} context and {len(continuation)} continuation tokens.")
         causal = self.backend == "causal"
         fitted = [(self.slots.fit(c, self.window + 1 - len(t) if causal else self.window), t) for c, t in pairs]
-        with (
-            self._bar(len(pairs), kind, disable_tqdm) as bar,
-            torch.no_grad(),
-            self.cast(),
-        ):
+        with self._bar(len(pairs), kind, disable_tqdm) as bar, torch.no_grad(), self.cast():
 
             def report(index: int, answer: tuple[float, bool]) -> None:
                 done(index, answer)

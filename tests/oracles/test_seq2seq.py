@@ -69,13 +69,13 @@ def test_no_prompt_generates_what_the_stock_generate_gives_for_max_gen_toks(ours
         with torch.no_grad():
             out = hflm.model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
         assert ours_text == hflm.tok_decode(out)
-        assert theirs.startswith(ours_text)
+        assert theirs.startswith(ours_text.rstrip("\ufffd"))  # a character may be cut in two
 
 
 def test_stop_strings_and_beams(ours, texts):
     lm = ours("t5", batch_size=4)
     full = generate_until(lm, texts, {"max_gen_toks": 16})
-    stop = full[0][2:4]
+    stop = next(t[i : i + 2] for t in full for i in range(1, len(t) - 2) if "\ufffd" not in t[i : i + 2])
     assert generate_until(lm, texts, {"max_gen_toks": 16, "until": [stop]}) == [t.split(stop)[0] for t in full]
     one, many = (generate_until(ours("t5", batch_size=size), texts, {"num_beams": 3}) for size in (1, 4))
     assert one == many

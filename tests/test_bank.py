@@ -1,0 +1,118 @@
+"""Banks: many prompts in one folder, complete when the manifest is there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lm_eval_softverb.bank import MANIFEST, Bank
+from lm_eval_softverb.errors import ArtifactError, DataError
+from lm_eval_softverb.prompt import SoftPrompt
+
+
+def prompt(seed, n=3):
+    return SoftPrompt(torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    items = [(prompt(0), {"task": "a"}), (prompt(1, 5), {"task": "b", "prompt_id": "p1", "split": "train"})]
+    return Bank.save(tmp_path / "bank", items)
+
+
+def rewrite(folder, change):
+    rows = [json.loads(line) for line in (folder / MANIFEST).read_text().splitlines()]
+    change(rows)
+    (folder / MANIFEST).write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_round_trip(folder):
+    bank = Bank.load(folder)
+    assert [p.id for p in bank.prompts] == [prompt(0).id, prompt(1, 5).id]
+    assert [e["task"] for e in bank.entries] == ["a", "b"]
+    assert bank.entries[0]["prompt_id"] == prompt(0).id
+    assert bank.entries[1]["split"] == "train"
+
+
+def test_each_prompt_is_a_folder_of_its_own(folder):
+    for entry, expected in zip(Bank.load(folder).entries, (prompt(0), prompt(1, 5)), strict=True):
+        assert SoftPrompt.load(folder / entry["path"]).id == expected.id
+
+
+def test_prompts_are_found_by_document_field_then_by_task(folder):
+    bank = Bank.load(folder)
+    assert bank.place({"which": "p1"}, "a", "which") == 1
+    assert bank.place({"which": prompt(0).id}, None, "which") == 0
+    assert bank.place({"other": 1}, "b", "which") == 1
+    assert bank.place({}, "a", "which") == 0
+
+
+@pytest.mark.parametrize(("doc", "task"), [({}, "c"), ({"which": "p2"}, "a"), ({}, None), ({"which": None}, "a")])
+def test_a_missing_prompt_is_an_error_that_says_what_was_asked(folder, doc, task):
+    with pytest.raises(ArtifactError, match=r"no prompt for .*(field|task)"):
+        Bank.load(folder).place(doc, task, "which")
+
+
+def test_a_task_with_several_prompts_needs_the_document_to_choose(folder):
+    rewrite(folder, lambda rows: rows[0].update(task="b", prompt_id="p0"))
+    bank = Bank.load(folder)
+    with pytest.raises(ArtifactError, match=r"2 prompts for task 'b'.*'which'"):
+        bank.place({}, "b", "which")
+    assert bank.place({"which": "p0"}, "b", "which") == 0
+
+
+def test_without_a_manifest_the_bank_is_incomplete(folder):
+    (folder / MANIFEST).unlink()
+    with pytest.raises(ArtifactError, match="written last"):
+        Bank.load(folder)
+
+
+def test_an_empty_manifest_is_refused(folder):
+    (folder / MANIFEST).write_text("\n")
+    with pytest.raises(ArtifactError, match="no prompts"):
+        Bank.load(folder)
+
+
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "p1/../../elsewhere", "a\x00b"])
+def test_paths_stay_inside_the_bank(folder, path):
+    prompt(2).save(folder.parent / "elsewhere")
+    rewrite(folder, lambda rows: rows[1].update(path=path))
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST}:2"):
+        Bank.load(folder)
+
+
+def test_links_out_of_the_bank_are_refused(folder):
+    prompt(2).save(folder.parent / "elsewhere")
+    (folder / "link").symlink_to(folder.parent / "elsewhere")
+    rewrite(folder, lambda rows: rows[1].update(path="link"))
+    with pytest.raises(ArtifactError, match="leaves the bank"):
+        Bank.load(folder)
+
+
+@pytest.mark.parametrize("change", [{"path": None}, {"path": 3}, {"prompt_id": None}])
+def test_entries_need_a_name_and_a_path(folder, change):
+    rewrite(folder, lambda rows: rows[0].update(change))
+    with pytest.raises(ArtifactError, match=rf"{MANIFEST}:1"):
+        Bank.load(folder)
+
+
+def test_a_torn_manifest_line_is_named(folder):
+    with (folder / MANIFEST).open("a") as f:
+        f.write('{"prompt_id": "p2", "pa')
+    with pytest.raises(DataError, match=rf"{MANIFEST}:3"):
+        Bank.load(folder)
+
+
+def test_a_missing_prompt_folder_is_an_artifact_error(folder):
+    rewrite(folder, lambda rows: rows[0].update(path="gone"))
+    with pytest.raises(ArtifactError, match="gone"):
+        Bank.load(folder)
+
+
+def test_two_entries_of_one_name_are_refused(folder):
+    """The second would silently replace the first."""
+    rewrite(folder, lambda rows: rows[0].update(prompt_id="p1"))
+    with pytest.raises(ArtifactError, match="p1"):
+        Bank.load(folder)
