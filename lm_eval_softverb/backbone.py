@@ -115,14 +115,29 @@ class Backbone:
     def is_seq2seq(self) -> bool:
         return bool(self.model.config.is_encoder_decoder)
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether the model remembers tokens as keys and values, rather than in a state of its own."""
+        return "past_key_values" in self._parameters
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model, which models that also see images keep apart."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every layer attends to all earlier tokens, however far away; windows count columns, padding included."""
+        config = self.text_config
+        kinds = {*(getattr(config, "layer_types", None) or []), *(getattr(config, "attention_layers", None) or [])}
+        return kinds <= {"full_attention", "global"} and not getattr(config, "sliding_window", None)
+
     @cached_property
     def gaps_are_harmless(self) -> bool:
-        """Whether masked padding may stand between a shared prefix and the text of a row.
-
-        False where positions cannot be given, and for sliding windows: they count columns, padding included.
-        """
+        """Whether masked padding may stand between a shared prefix and the text of a row."""
         layers = DynamicCache(config=self.model.config).layers
-        return "position_ids" in self._parameters and all(type(layer) is DynamicLayer for layer in layers)
+        plain = all(type(layer) is DynamicLayer for layer in layers)
+        return "position_ids" in self._parameters and plain and self.sees_all
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -165,7 +180,7 @@ class Backbone:
 
     def prefix(self, ids: Sequence[int], rows: Tensor) -> Prefix | None:
         """Keys and values of ``ids``, run once; None where the architecture keeps other state than keys and values."""
-        if self.is_seq2seq or not ids or "past_key_values" not in self._parameters:
+        if self.is_seq2seq or not ids or not self.has_keys:
             return None
         cache = DynamicCache(config=self.model.config)
         with self._head_at(torch.zeros(1, len(ids), dtype=torch.bool)):

@@ -113,7 +113,7 @@ def decode_rows(backbone: Backbone, rows: int, length: int) -> int:
     One decoding step reads all weights whatever the number of rows, so more rows cost little; what they need is room for
     keys and values, of which at most :data:`KV_BUDGET` bytes are taken beyond what ``rows`` need anyway.
     """
-    config = backbone.model.config
+    config = backbone.text_config
     if not backbone.gaps_are_harmless:  # layers that forget cannot be filled in parts
         return rows
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_JSON_BYTES = 1 << 20
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -73,6 +75,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+            os.fchmod(f.fileno(), 0o666 & ~_UMASK)  # mkstemp makes private files; ours are shared like any other
         os.replace(temporary, path)  # noqa: PTH105  (the one call a full disk is injected into)
         temporary = None
     except OSError as error:

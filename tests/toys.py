@@ -87,6 +87,21 @@ def make_model(kind: str, vocab: int, *, tied: bool = False, seed: int = 0, wind
     elif kind == "gemma3":
         layers = ["sliding_attention", "sliding_attention", "full_attention"]
         model = t.Gemma3ForCausalLM(t.Gemma3TextConfig(**gemma, layer_types=layers))
+    elif kind == "gemma3_vision":  # what AutoModelForCausalLM makes of the larger Gemma 3 models
+        layers = ["sliding_attention", "sliding_attention", "full_attention"]
+        eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        eyes |= {"image_size": 28, "patch_size": 14}
+        config = t.Gemma3Config(
+            text_config=gemma | {"layer_types": layers}, vision_config=eyes, image_token_index=PAD, mm_tokens_per_image=4
+        )
+        model = t.Gemma3ForConditionalGeneration(config)
+    elif kind == "gpt_neo":
+        sizes = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": window, "window_size": 16}
+        layers = [[["global", "local"], 2]]
+        model = t.GPTNeoForCausalLM(t.GPTNeoConfig(vocab_size=vocab, attention_types=layers, **sizes, **ids))
+    elif kind == "mamba":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
+        model = t.MambaForCausalLM(t.MambaConfig(vocab_size=vocab, **sizes, **ids))
     elif kind == "t5":
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "n_positions": window}
         config = t.T5Config(vocab_size=vocab, decoder_start_token_id=PAD, eos_token_id=EOS, pad_token_id=PAD, **sizes)
@@ -126,9 +141,14 @@ TINY = {
     "qwen2": Tiny("qwen2"),
     "gemma2": Tiny("gemma2", bos=True),
     "gemma3": Tiny("gemma3", bos=True),
+    "gemma3_vision": Tiny("gemma3_vision", bos=True),
+    "gpt_neo": Tiny("gpt_neo", tied=True),
+    "mamba": Tiny("mamba"),
     "t5": Tiny("t5", eos=True),
 }
 CAUSAL = [name for name in TINY if name != "t5"]
+KINDS = ["llama", "gpt2", "qwen2", "gemma2", "gemma3", "gpt_neo"]  # one of each causal architecture
+WINDOWED = ["gemma2", "gemma3", "gemma3_vision", "gpt_neo"]  # some layers see the last 16 tokens only
 
 
 def save_tiny(tiny: Tiny, folder: Path) -> str:

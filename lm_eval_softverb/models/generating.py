@@ -36,8 +36,9 @@ def answer_generations(
         lm.slots.fit(tuple(lm.slots.context(r.args[0], place)) or (lm.prefix_token_id,), lm.window - (new if causal else 0))
         for r, place in zip(requests, places, strict=True)
     ]
-    # Beams, encoder-decoders and settings we do not know go through transformers' own generate.
-    sampling = Sampling.of(lm.model.generation_config, settings) if causal and not set(settings) - Sampling.known() else None
+    # Beams, encoder-decoders, models without keys and values, settings we do not know: transformers' own generate.
+    own = causal and lm.backbone.has_keys and not set(settings) - Sampling.known()
+    sampling = Sampling.of(lm.model.generation_config, settings) if own else None
     finished, seeds = _stopper(lm, until), _seeds(requests) if sampling and sampling.do_sample else []
 
     groups: dict[Ids, list[int]] = {}

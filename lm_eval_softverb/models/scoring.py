@@ -209,9 +209,7 @@ def supports_branching(backbone: Backbone) -> bool:
     Asked of the model itself, once: it depends on the architecture, its attention layers and the attention implementation.
     Models with sliding windows are refused, since a short probe would not reach the window.
     """
-    config = backbone.model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if backbone.is_seq2seq or kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if backbone.is_seq2seq or not backbone.sees_all:
         return False
     v = backbone.vocab_size
     context = tuple(i * 7 % v for i in range(3, 9))

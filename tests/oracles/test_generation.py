@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles_common import HARD, PLACES, pieces
-from toys import CAUSAL, SPECIAL, TINY, generate_until, hard_rows, make_instances
+from toys import CAUSAL, KINDS, SPECIAL, generate_until, hard_rows, make_instances
 
 from lm_eval_softverb import decoding
 from lm_eval_softverb.backbone import Backbone
@@ -30,7 +30,7 @@ def whole_characters(text, size):
 # --- real tokens as a prompt -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [*KINDS, "mamba"])
 @pytest.mark.parametrize(("placement", "frame"), PLACES)
 def test_hard_tokens_generate_like_their_text(name, placement, frame, ours, stock, backbone, save_prompt, texts):
     b = backbone(name)
@@ -154,7 +154,7 @@ def test_beams_with_hard_tokens_equal_beams_on_their_text(ours, stock, backbone,
 # --- ways of batching ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*KINDS, "mamba", "t5"])
 def test_batch_sizes_agree(name, ours, random_prompt, texts):
     prompt = random_prompt(5, n=7)
     reference = generate_until(ours(name, peft=prompt, batch_size=1), texts, {"max_gen_toks": 24})
@@ -162,7 +162,7 @@ def test_batch_sizes_agree(name, ours, random_prompt, texts):
         assert generate_until(ours(name, peft=prompt, batch_size=size), texts, {"max_gen_toks": 24}) == reference
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("n", [5, 40])
 def test_prefix_sharing_on_and_off_agree(name, n, ours, random_prompt, texts, monkeypatch):
     prompt = random_prompt(7, n=n)
@@ -244,6 +244,20 @@ def test_end_of_sequence_ends_a_row_and_is_not_in_the_text(ours, stock):
     assert got == expected
     assert all("</s>" not in t for t in got)
     assert len({len(t) for t in got}) > 2
+
+
+def test_end_of_sequence_is_not_among_the_ids(backbone):
+    b = backbone("qwen2")
+    rows = torch.zeros(0, b.hidden_size)
+    contexts = [tuple(b.tokenizer.encode(f"Numbers: {i}")) for i in range(4)]
+    free = decoding.generate(b, rows, contexts, max_new_tokens=6, finished=lambda _ids: False)
+    b.model.generation_config.eos_token_id = [2, free[0][2]]
+    try:
+        ended = decoding.generate(b, rows, contexts, max_new_tokens=6, finished=lambda _ids: False)
+    finally:
+        b.model.generation_config.eos_token_id = 2
+    assert ended[0] == free[0][: free[0].index(free[0][2])]
+    assert all(e == f[: f.index(free[0][2])] if free[0][2] in f else e == f for e, f in zip(ended, free, strict=True))
 
 
 def test_empty_context_begins_with_the_prompt_or_bos(ours, stock, random_prompt):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles_common import HARD, PLACES, pieces
-from toys import BOS, CAUSAL, TINY, assert_same_scores, hard_rows, loglikelihood, rolling
+from toys import BOS, CAUSAL, KINDS, TINY, WINDOWED, assert_same_scores, hard_rows, loglikelihood, rolling
 
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.errors import DataError
@@ -129,7 +129,7 @@ def test_max_length_argument_counts(ours, stock, tiny):
 # --- ways of batching ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*KINDS, "t5"])
 def test_batch_sizes_agree(name, ours, random_prompt, pairs, texts):
     prompt = random_prompt(5, n=7)
     reference = ours(name, peft=prompt, batch_size=1)
@@ -140,13 +140,13 @@ def test_batch_sizes_agree(name, ours, random_prompt, pairs, texts):
         assert rolling(lm, texts) == pytest.approx(rolled, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", [*KINDS, "gemma3_vision"])
 def test_branching_on_and_off_agree(name, ours, random_prompt, pairs):
     """Choices with common beginnings in one row against one row each, with and without a prompt."""
     for kwargs in ({}, {"peft": random_prompt(6)}):
         on, off = ours(name, batch_size=4, **kwargs), ours(name, batch_size=4, **kwargs)
         off.branching = False
-        assert on.branching == (not name.startswith("gemma"))
+        assert on.branching == (name not in WINDOWED)
         assert_same_scores(loglikelihood(on, pairs), loglikelihood(off, pairs))
 
 
@@ -166,7 +166,7 @@ def test_branching_runs_fewer_rows(ours, pairs):
     assert rows_run(True) < rows_run(False) / 2
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("n", [5, 40])
 def test_prefix_sharing_on_and_off_agree(name, n, ours, random_prompt, pairs, texts, monkeypatch):
     """40 virtual tokens reach beyond the sliding windows of Gemma (16), 5 do not."""
