@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def full_disk(monkeypatch, name: str) -> None:
     real = os.replace
 
     def replace(source, target):
-        if os.path.basename(target).startswith(name):
+        if Path(target).name.startswith(name):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(source, target)
 
