@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from lm_eval_softverb.cli import require_lm_eval
 from lm_eval_softverb.errors import SoftverbError
 from lm_eval_softverb.plugin import register
 
@@ -11,6 +12,7 @@ from lm_eval_softverb.plugin import register
 def main() -> None:
     """Register, then run lm_eval's command line on the same arguments."""
     try:
+        require_lm_eval()
         register()
     except SoftverbError as error:
         sys.exit(str(error))

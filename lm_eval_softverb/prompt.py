@@ -58,6 +58,8 @@ class Fingerprint:
         if self.vocab_size != other.vocab_size:
             found.append(f"embedding rows: prompt {self.vocab_size}, model {other.vocab_size}")
         common = [name for name in self.sketch if name in other.sketch]
+        if alone := sorted(self.sketch.keys() ^ other.sketch.keys()):
+            found.append(f"parameters: {len(alone)} exist on one side only (first: {alone[0]})")
         unequal = [name for name in common if not _close(self.sketch[name], other.sketch[name])]
         if unequal or not common:
             found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,20 +134,27 @@ def test_a_fingerprint_of_another_type_is_an_artifact_error(value):
 
 
 def test_names_and_revisions_are_for_people(fingerprint):
-    from dataclasses import replace
 
     assert fingerprint.differences(replace(fingerprint, name="elsewhere", revision="abc")) == []
 
 
 def test_a_sketch_that_shares_nothing_does_not_fit(fingerprint):
-    from dataclasses import replace
 
     assert fingerprint.differences(replace(fingerprint, sketch={}))
     assert replace(fingerprint, sketch={}).differences(fingerprint)
 
 
+def test_a_parameter_on_one_side_only_does_not_fit(fingerprint):
+    """A tied and an untied head, or a quantized copy: not the weights the prompt was trained on."""
+    name = next(n for n in fingerprint.sketch if n != "input embedding")
+    fewer = replace(fingerprint, sketch={n: v for n, v in fingerprint.sketch.items() if n != name})
+    for a, b in ((fingerprint, fewer), (fewer, fingerprint)):
+        (difference,) = a.differences(b)
+        assert "1 exist on one side only" in difference
+        assert name in difference
+
+
 def test_nan_in_a_sketch_does_not_fit(fingerprint):
-    from dataclasses import replace
 
     name = next(iter(fingerprint.sketch))
     sketch = {**fingerprint.sketch, name: (float("nan"),) * len(fingerprint.sketch[name])}
@@ -155,7 +163,6 @@ def test_nan_in_a_sketch_does_not_fit(fingerprint):
 
 
 def test_force_lets_differences_pass_but_never_the_width(fingerprint):
-    from dataclasses import replace
 
     other = replace(fingerprint, tokenizer_sha256="0" * 64, name="other")
     prompt = SoftPrompt(rows(), fingerprint=fingerprint)

@@ -93,7 +93,7 @@ class Slots:
         return plain.encode("", self._virtual[place], lambda _t, _f: ids, self.lm.bos_token_id)
 
     def fit(self, context: Ids, room: int) -> Ids:
-        """``context`` cut on the left to ``room`` ids and counted; virtual tokens and a leading BOS stay.
+        """``context`` cut on the left to ``room`` ids and counted; virtual tokens and the BOS beside them stay.
 
         Raises:
             DataError: no text would be left.
@@ -101,7 +101,9 @@ class Slots:
         excess = len(context) - room
         if excess <= 0:
             return context
-        cuttable = [i for i, t in enumerate(context) if t >= 0 and not (i == 0 and t == self.lm.bos_token_id)]
+        prompted = any(t < 0 for t in context)  # without a prompt the BOS goes too, as in HFLM
+        kept = {0} if prompted and context[0] == self.lm.bos_token_id else set()
+        cuttable = [i for i, t in enumerate(context) if t >= 0 and i not in kept]
         if len(cuttable) <= excess:
             raise DataError(
                 f"A request needs more room than the model's context of {self.lm.window} tokens leaves: {len(context)} "

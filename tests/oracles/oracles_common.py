@@ -22,3 +22,8 @@ def pieces(tokenizer, placement, frame, hard, text):
     if placement == "user_start":
         return tokenizer.encode(before) + hard + more(f"{after} {text}")
     return tokenizer.encode(f"{text} {before}") + hard + more(after)
+
+
+def hard_cases(kinds):
+    """Every kind of model with a prefix, and every placement on some."""
+    return [(name, *place) for place in PLACES for name in kinds if place[0] == "prefix" or name in ("llama", "gpt2", "gemma3")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles_common import HARD, PLACES, pieces
+from oracles_common import HARD, hard_cases, pieces
 from toys import BOS, CAUSAL, KINDS, TINY, WINDOWED, assert_same_scores, hard_rows, loglikelihood, rolling
 
 from lm_eval_softverb.backbone import Backbone
@@ -20,8 +20,7 @@ def scores_of_ids(hflm, requests):
 # --- real tokens as a prompt -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize(("placement", "frame"), PLACES)
+@pytest.mark.parametrize(("name", "placement", "frame"), hard_cases(CAUSAL))
 def test_hard_tokens_score_like_their_text(name, placement, frame, ours, stock, backbone, save_prompt, texts):
     b = backbone(name)
     hard = b.tokenizer.encode(HARD, add_special_tokens=False)
@@ -110,7 +109,7 @@ def test_no_prompt_rolls_like_the_stock_model(name, ours, stock, texts):
     assert got == pytest.approx(rolling(stock(name), texts + long), abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "qwen2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2", "qwen2", "t5"])
 def test_no_prompt_cuts_long_contexts_like_the_stock_model(name, ours, stock):
     requests = [("A dull and slow story. " * 40, " good"), ("Numbers: " + "1 2 3 " * 90, " positive and bad")]
     lm = ours(name, batch_size=2)

@@ -50,7 +50,8 @@ def test_lean_loss_and_gradient_equal_plain_ones(tiny, name, frame):
         value.backward()
         grads.append((float(value.detach()), prompt.grad))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
-    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-6)
+    # norms and rotations run in float32 inside these models, whatever their dtype
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-4, atol=1e-5 * float(grads[1][1].abs().max()))
     assert grads[0][1].abs().max() > 0
 
 
@@ -181,11 +182,18 @@ def test_rows_are_encoded_as_the_harness_encodes_requests(tiny, ours, save_promp
         assert example.context == context
 
 
-def test_seq2seq_trains(tiny, tmp_path):
+def test_seq2seq_loss_equals_the_models_own_and_trains(tiny, tmp_path):
     b = Backbone.load(tiny("t5"), dtype="float32", device="cpu")
-    prompt = train_soft_prompt(b, ROWS, config(tokens=3, epochs=2, learning_rate=0.3, patience=0), tmp_path, progress=False)
-    losses = [h["train"] for h in prompt.info["losses"]]
-    assert losses[-1] < losses[0]
+    settings = config(tokens=3, epochs=8, learning_rate=0.01, batch_size=4, patience=0)
+    examples, _ = encode_rows(b, ROWS[:3], settings)
+    prompt = initial_rows(b, settings)
+    own = 0.0
+    for e in examples:
+        labels = torch.tensor([e.target])
+        own += float(b.model(inputs_embeds=b.embed(torch.tensor([e.context]), prompt), labels=labels).loss) * len(e.target)
+    assert float(loss_sum(b, prompt, examples)) == pytest.approx(own, rel=1e-4)
+    losses = [h["train"] for h in train_soft_prompt(b, ROWS, settings, tmp_path, progress=False).info["losses"]]
+    assert min(losses[4:]) < losses[0]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
 
