@@ -131,7 +131,7 @@ def instances(name: str, limit: int) -> list[Any]:
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--task")
-    p.add_argument("--limit", type=int, default=128)
+    p.add_argument("--limit", type=int, default=64)
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--dtype", default="float32", choices=sorted(TOLERANCE))
     p.add_argument("--repeats", type=int, default=3)
