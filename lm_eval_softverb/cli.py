@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval_softverb import __version__
 from lm_eval_softverb.errors import ConfigError, FrameError, MissingExtra, SoftverbError
+from lm_eval_softverb.tuners.checkpoint import Interrupted
 
 OLDEST_LM_EVAL = (0, 4, 13)
 
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SoftverbError as error:
         print(f"softverb: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"softverb: {stop}; run the same command again to go on.", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("softverb: interrupted; run the same command again to go on.", file=sys.stderr)
         return 130
@@ -92,24 +96,19 @@ def _train(a: argparse.Namespace) -> int:
 
     from lm_eval_softverb.backbone import Backbone
     from lm_eval_softverb.models.harness import find_rows
-    from lm_eval_softverb.tuners.checkpoint import Interrupted
     from lm_eval_softverb.tuners.soft import train_soft_prompt
 
     rows, info = find_rows(a.data, max_rows=a.max_rows, seed=settings.seed)
-    try:
-        prompt = train_soft_prompt(
-            Backbone.load(a.model, dtype=a.dtype, device=a.device),
-            rows,
-            settings,
-            a.out,
-            info={**info, "preset": a.preset},
-            checkpoint_seconds=a.checkpoint_seconds,
-            overwrite=a.overwrite,
-            progress=not a.quiet,
-        )
-    except Interrupted as stop:
-        print(f"softverb: {stop}; run the same command again to go on.", file=sys.stderr)
-        return stop.exit_code
+    prompt = train_soft_prompt(
+        Backbone.load(a.model, dtype=a.dtype, device=a.device),
+        rows,
+        settings,
+        a.out,
+        info={**info, "preset": a.preset},
+        checkpoint_seconds=a.checkpoint_seconds,
+        overwrite=a.overwrite,
+        progress=not a.quiet,
+    )
     print(f"{prompt.id}: {prompt.n} virtual tokens, validation loss {prompt.info['best_validation_loss']:.4f} in {a.out}")
     print(f"Score it: lm_eval --model softprompt --model_args pretrained={a.model},peft={a.out} --tasks …")
     return 0
@@ -117,13 +116,8 @@ def _train(a: argparse.Namespace) -> int:
 
 def _quickstart(a: argparse.Namespace) -> int:
     from lm_eval_softverb.compare.quickstart import quickstart
-    from lm_eval_softverb.tuners.checkpoint import Interrupted
 
-    try:
-        quickstart(a.out, labelset=a.labelset, pretrained=a.model, device=a.device, progress=not a.quiet)
-    except Interrupted as stop:
-        print(f"softverb: {stop}; run the same command again to go on.", file=sys.stderr)
-        return stop.exit_code
+    quickstart(a.out, labelset=a.labelset, pretrained=a.model, device=a.device, progress=not a.quiet)
     return 0
 
 
