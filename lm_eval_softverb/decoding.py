@@ -15,6 +15,8 @@ from lm_eval_softverb.backbone import Backbone, Prefix
 
 MAX_ROWS = 64
 KV_BUDGET = 128 << 20  # bytes
+# Finished rows leave the cache when this share is left: leaving copies the keys and values of all others.
+KEEP = 0.75
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Sampling:
         return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
 
 
-class _Buffered(DynamicLayer):
+class BufferedLayer(DynamicLayer):
     """A cache layer with room for the whole generation: appending a token copies that token, not everything before it.
 
     Its rows can be filled a few at a time (:meth:`begin`), so that many rows decode together after prefilling in parts.
@@ -113,13 +115,17 @@ def decode_rows(backbone: Backbone, rows: int, length: int) -> int:
     One decoding step reads all weights whatever the number of rows, so more rows cost little; what they need is room for
     keys and values, of which at most :data:`KV_BUDGET` bytes are taken beyond what ``rows`` need anyway.
     """
-    config = backbone.text_config
     if not backbone.gaps_are_harmless:  # layers that forget cannot be filled in parts
         return rows
+    return max(rows, min(4 * rows, MAX_ROWS, KV_BUDGET // kv_bytes(backbone, length)))
+
+
+def kv_bytes(backbone: Backbone, length: int) -> int:
+    """Bytes that the keys and values of one row of ``length`` tokens take."""
+    config = backbone.text_config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_row = 2 * config.num_hidden_layers * heads * size * length * backbone.embedding.weight.element_size()
-    return int(max(rows, min(4 * rows, MAX_ROWS, KV_BUDGET // per_row)))
+    return int(2 * config.num_hidden_layers * heads * size * length * backbone.embedding.weight.element_size())
 
 
 @torch.no_grad()
@@ -158,40 +164,100 @@ def generate(
     mask = torch.cat([real.new_ones(batch, skip), real], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
     cache, logits = _prefill(backbone, rows, prefix, ids, mask, positions, prefill_rows or batch, max_new_tokens)
-    processors, eos = sampling.processors(), eos_ids(backbone)
-    streams = [torch.Generator().manual_seed(s) for s in seeds or range(batch)] if sampling.do_sample else []
+    answers, _ = decode(
+        backbone,
+        rows,
+        cache,
+        logits,
+        positions[:, -1:],
+        mask=mask,
+        max_new_tokens=max_new_tokens,
+        finished=finished,
+        sampling=sampling,
+        seeds=seeds,
+        contexts=contexts,
+    )
+    return answers
 
-    answers: list[list[int]] = [[] for _ in contexts]
-    active = list(range(batch))
+
+@torch.no_grad()
+def decode(
+    backbone: Backbone,
+    rows: Tensor,
+    cache: DynamicCache,
+    logits: Tensor,
+    positions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    max_new_tokens: int,
+    finished: Callable[[list[int]], bool] = lambda _ids: False,
+    sampling: Sampling = Sampling(),
+    seeds: Sequence[int] | None = None,
+    contexts: Sequence[Sequence[int]] = (),
+    score: bool = False,
+) -> tuple[list[list[int]], list[float]]:
+    """Writes on from contexts that are already read into ``cache``; one forward pass per token for all rows.
+
+    Args:
+        logits: of the first new token, [B, V].
+        positions: of the last token read, [B, 1].
+        mask: 1 for every real token in the cache [B, T]; None where all are.
+        contexts: ids read, for settings that look at the text (repetition penalties).
+        score: also sum the log-probabilities of the chosen tokens, the end-of-sequence id included.
+
+    Returns:
+        New ids per row, and the summed log-probability of each (0 without ``score``).
+    """
+    processors, eos = sampling.processors(), eos_ids(backbone)
+    batch = logits.shape[0]
+    streams = [torch.Generator().manual_seed(s) for s in seeds or range(batch)] if sampling.do_sample else []
+    answers: list[list[int]] = [[] for _ in range(batch)]
+    sums = torch.zeros(batch, dtype=torch.float64, device=logits.device)
+    held = list(range(batch))  # the row at each place of the cache, finished ones included until they leave
+    open_rows = set(held)
     for step in range(max_new_tokens):
+        if processors:
+            logits = logits.float()
         if sampling.reads_text:
-            seen = (_real_ids(contexts[i], answers[i], backbone) for i in active)
+            seen = (_real_ids(contexts[i], answers[i], backbone) for i in held)
             logits = torch.cat([processors(s, row) for s, row in zip(seen, logits.split(1), strict=True)])
         elif processors:
-            logits = processors(ids[:, -1:], logits)
-        chosen = _pick(logits, [streams[i] for i in active] if streams else [])
-        going = []
-        for place, (row, token) in enumerate(zip(active, chosen, strict=True)):
+            logits = processors(positions, logits)
+        chosen = _pick(logits, [streams[i] for i in held] if streams else [])
+        if score:
+            _add_scores(sums, logits, chosen, [(p, i) for p, i in enumerate(held) if i in open_rows])
+        tokens = chosen.tolist()
+        for row, token in zip(held, tokens, strict=True):
+            if row not in open_rows:
+                continue
             if token in eos:
+                open_rows.discard(row)
                 continue
             answers[row].append(token)
-            if not finished(answers[row]):
-                going.append(place)
-        if not going:
+            if finished(answers[row]):
+                open_rows.discard(row)
+        if not open_rows:
             break
-        if len(going) < len(active):
-            select = torch.tensor(going, device=ids.device)
+        if len(open_rows) <= KEEP * len(held):
+            going = [place for place, row in enumerate(held) if row in open_rows]
+            select = torch.tensor(going, device=chosen.device)
             cache.batch_select_indices(select)
-            mask, positions = mask[select], positions[select]
-            active, chosen = [active[p] for p in going], [chosen[p] for p in going]
+            positions, chosen = positions[select], chosen[select]
+            mask = None if mask is None else mask[select]
+            held = [held[place] for place in going]
         if step + 1 < max_new_tokens:
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-            ids = torch.tensor(chosen, device=ids.device)[:, None]
-            keep = torch.ones(len(active), 1, dtype=torch.bool)
-            embeds = backbone.embed(ids, rows)
-            logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions).float()
-    return answers
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
+            positions = positions + 1
+            keep = torch.ones(len(held), 1, dtype=torch.bool)
+            embeds = backbone.embed(chosen[:, None], rows)
+            logits = backbone.logits(embeds, keep, cache=cache, attention_mask=mask, position_ids=positions)
+    return answers, sums.tolist()
+
+
+def _add_scores(sums: Tensor, logits: Tensor, chosen: Tensor, going: list[tuple[int, int]]) -> None:
+    places, rows = (torch.tensor(x, device=logits.device) for x in zip(*going, strict=True))
+    picked = logits[places].float()
+    sums[rows] += (picked.gather(1, chosen[places][:, None])[:, 0] - picked.logsumexp(-1)).double()
 
 
 def _prefill(
@@ -207,8 +273,8 @@ def _prefill(
     """Reads the contexts; returns the cache of all rows and the logits [B, V] behind each."""
     (batch, width), length = ids.shape, mask.shape[1]
     cache = DynamicCache(config=backbone.model.config)
-    cache.layers = [_Buffered(batch, length + max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
-    buffered = [layer for layer in cache.layers if isinstance(layer, _Buffered)]
+    cache.layers = [BufferedLayer(batch, length + max_new_tokens) if type(x) is DynamicLayer else x for x in cache.layers]
+    buffered = [layer for layer in cache.layers if isinstance(layer, BufferedLayer)]
     logits = []
     for start in range(0, batch, at_a_time):
         part = slice(start, min(start + at_a_time, batch))
@@ -223,14 +289,16 @@ def _prefill(
         logits.append(backbone.logits(embeds, keep, cache=cache, attention_mask=mask[part], position_ids=positions[part]))
     for layer in buffered:
         layer.begin(slice(0, batch), length)
-    return cache, torch.cat(logits).float()
+    return cache, torch.cat(logits)
 
 
-def _pick(logits: Tensor, streams: list[torch.Generator]) -> list[int]:
+def _pick(logits: Tensor, streams: list[torch.Generator]) -> Tensor:
+    """One id per row [B]."""
     if not streams:
-        return [int(i) for i in logits.argmax(-1)]
-    probabilities = logits.softmax(-1).cpu()
-    return [int(torch.multinomial(p, 1, generator=g)) for p, g in zip(probabilities, streams, strict=True)]
+        return logits.argmax(-1)
+    probabilities = logits.float().softmax(-1).cpu()
+    drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, streams, strict=True)]
+    return torch.cat(drawn).to(logits.device)
 
 
 def _real_ids(context: Sequence[int], answer: Sequence[int], backbone: Backbone) -> Tensor:

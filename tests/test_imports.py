@@ -24,7 +24,7 @@ FLOORS = [
     {"prompt"},
     {"bank", "chat", "pretrained", "data"},
     {"backbone"},
-    {"batching", "decoding"},
+    {"batching", "decoding", "residual"},
     {"tuners", "verbalizers", "metrics", "analysis"},
     {"models"},
     {"compare"},

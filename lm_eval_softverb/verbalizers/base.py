@@ -1,0 +1,114 @@
+"""What a verbalizer is: soft prompts in, texts out, best first. Its settings are the fields of one frozen dataclass.
+
+Adding a method: one file with such a class, one line in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, get_args
+
+import torch
+
+from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.errors import ConfigError, did_you_mean
+from lm_eval_softverb.prompt import SoftPrompt
+
+Kind = Literal["labels", "instructions"]
+"""What the texts should say: the label set a prompt chooses from, or the instruction it acts on."""
+KINDS: tuple[str, ...] = get_args(Kind)
+
+METHODS = {
+    "nearest": "lm_eval_softverb.verbalizers.nearest:Nearest",
+    "inspect": "lm_eval_softverb.verbalizers.inspect_grid:Inspect",
+    "selfverb": "lm_eval_softverb.verbalizers.selfverb:SelfVerb",
+}
+
+
+@dataclass(frozen=True)
+class Verbalization:
+    """One text for one soft prompt.
+
+    Attributes:
+        text: model-written, hence data: never rendered as a template or run.
+        confidence: in [0, 1], larger is surer; what it measures is the method's and said in its docstring. None: unknown.
+        details: where the text comes from (layer pair, frame, share of samples, …), as JSON.
+    """
+
+    text: str
+    confidence: float | None = None
+    details: Mapping[str, Any] | None = None
+
+
+class Verbalizer(Protocol):
+    """One method with its settings: a frozen dataclass whose fields are JSON values."""
+
+    method: ClassVar[str]
+
+    def verbalize(
+        self, backbone: Backbone, prompts: Sequence[SoftPrompt], *, kind: Kind, max_new_tokens: int
+    ) -> list[list[Verbalization]]:
+        """At least one text per prompt, best first; all prompts are worked on together."""
+        ...
+
+
+def create(method: str, **settings: Any) -> Verbalizer:
+    """A verbalizer by name. Strings are read as the type of the setting, so values may come from a command line.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a value of the wrong type.
+    """
+    cls = method_class(method)
+    known = {f.name: f for f in fields(cls)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"Method {method!r} has no setting {name!r}. {did_you_mean(name, list(known))}")
+    return cls(**{n: _read(method, n, str(known[n].type), v) for n, v in settings.items() if v is not None})  # type: ignore[no-any-return]
+
+
+def method_class(method: str) -> Any:
+    """The dataclass of a method.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"Unknown method {method!r}. {did_you_mean(str(method), list(METHODS))}")
+    module, _, name = METHODS[method].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def settings_of(verbalizer: Verbalizer) -> dict[str, Any]:
+    """Method and settings as JSON: what decides a text beside the model and the prompt."""
+    return {"method": verbalizer.method, **asdict(verbalizer)}  # type: ignore[call-overload]
+
+
+def _read(method: str, name: str, kind: str, value: Any) -> Any:
+    kind = kind.removesuffix(" | None")
+    wrong = ConfigError(f"Setting {name} of method {method!r} is {value!r}, expected {kind}.")
+    if kind == "bool":
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    try:
+        number = float(value) if kind in ("int", "float") else 0.0
+    except (TypeError, ValueError):
+        raise wrong from None
+    if kind == "int":
+        if number != int(number):
+            raise wrong
+        return int(number)
+    return number if kind == "float" else str(value)
+
+
+def random_like(prompts: Sequence[SoftPrompt], seed: int = 0) -> list[SoftPrompt]:
+    """The control: random directions whose rows have the norms of the prompts' rows, in the same frames."""
+    out = []
+    for index, prompt in enumerate(prompts):
+        noise = torch.randn(prompt.embeddings.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+        rows = noise * (prompt.embeddings.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+        out.append(replace(prompt, embeddings=rows, info={"control": "random", "norms_of": prompt.id, "seed": seed}))
+    return out
