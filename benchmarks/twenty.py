@@ -31,7 +31,7 @@ def main() -> None:
     items: list[tuple[SoftPrompt, dict[str, Any]]] = []
     for _, line in read_jsonl(LINES):
         rows, info = find_rows(line["task"], max_rows=line.get("max_rows"))
-        config = SoftConfig(max_length=line.get("max_length", 512))
+        config = SoftConfig(max_length=line.get("max_length", 512), epochs=line.get("epochs", 20))
         work = a.out.with_name(a.out.name + ".work") / line["task"]
         prompt = train_soft_prompt(backbone, rows, config, work, info=info)
         entry = {key: line[key] for key in ("task", "split", "labels", "instruction")}

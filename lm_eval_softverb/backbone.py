@@ -162,6 +162,16 @@ class Backbone:
         probes = [t.encode(text, add_special_tokens=False) for text in _PROBES]
         return storage.sha256_json([sorted(t.get_vocab().items()), probes, t.bos_token_id, t.eos_token_id])
 
+    def check_room(self, tokens: int, advice: str) -> None:
+        """Refuses sequences that the model has no positions for.
+
+        Raises:
+            ConfigError: ``tokens`` are more than the context; ``advice`` says what to do.
+        """
+        window = getattr(self.text_config, "max_position_embeddings", None)
+        if window and tokens > window:
+            raise ConfigError(f"{tokens} tokens do not fit the {window} tokens of {self.name}. {advice}")
+
     # --- running -----------------------------------------------------------------------------------------------------
 
     def stack(self, prompts: Sequence[SoftPrompt]) -> Tensor:

@@ -164,6 +164,7 @@ def generate(
     mask = torch.cat([real.new_ones(batch, skip), real], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
     cache, logits = _prefill(backbone, rows, prefix, ids, mask, positions, prefill_rows or batch, max_new_tokens)
+    answers: list[list[int]]
     answers, _ = decode(
         backbone,
         rows,

@@ -71,7 +71,7 @@ class Frame:
         """The user's ``content`` with the frame and its slot mark inside; other placements return it unchanged."""
         if not self.in_user_turn:
             return content
-        frame, content = self.text.replace(SLOT, _MARK), escape(content)
+        frame, content = mark_slots(self.text), escape(content)
         return f"{frame} {content}" if self.placement == "user_start" else f"{content} {frame}"
 
     def wrap_chat(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -112,18 +112,10 @@ class Frame:
             continuation: an answer to ``text``; it follows the frame, whatever it contains.
 
         Raises:
-            FrameError: no slot in a rendered text, or no BOS token where one is needed.
+            FrameError: not one slot in a rendered text, or no BOS token where one is needed.
         """
         if self.in_user_turn:
-            before, mark, after = (text if rendered else self.wrap(text)).partition(_MARK)
-            if not mark:
-                raise FrameError(
-                    f"The chat template dropped the frame {self.text!r}: no slot in {text[:200]!r}. "
-                    "Use a template that shows the last user message."
-                )
-            ids = tokenize(unescape(before), True) if before else []
-            after = unescape(after) + continuation
-            return [*ids, *virtual, *(tokenize(after, not ids) if after else [])]
+            return splice(text if rendered else self.wrap(text), [virtual], tokenize, continuation)
         text += continuation
         if self.placement == "prefix":
             return [*virtual, *tokenize(text, True)]
@@ -140,6 +132,41 @@ def escape(text: str) -> str:
 
 def unescape(text: str) -> str:
     return text.replace(_LITERAL, _ESCAPE)
+
+
+def mark_slots(text: str) -> str:
+    """``text`` with a slot mark for every ``§`` and all else escaped, so that it can be rendered and then spliced."""
+    return _MARK.join(escape(part) for part in text.split(SLOT))
+
+
+def splice(
+    marked: str,
+    virtual: Sequence[Sequence[int]],
+    tokenize: Callable[[str, bool], list[int]],
+    continuation: str = "",
+) -> list[int]:
+    """Token ids of a text with slot marks, with ``virtual[i]`` in place of its i-th mark; an empty one is no prompt.
+
+    Args:
+        tokenize, continuation: as for :meth:`Frame.encode`.
+
+    Raises:
+        FrameError: another number of marks than of ``virtual``.
+    """
+    parts = marked.split(_MARK)
+    if len(parts) != len(virtual) + 1:
+        raise FrameError(
+            f"The chat template dropped the frame or repeats it: {len(parts) - 1} slots, expected {len(virtual)}, in "
+            f"{marked[:200]!r}. Use a template that shows the last user message once."
+        )
+    texts = [*(unescape(part) for part in parts[:-1]), unescape(parts[-1]) + continuation]
+    ids: list[int] = []
+    first = True
+    for text, slot in zip(texts, [*virtual, ()], strict=True):
+        if text:
+            ids, first = ids + tokenize(text, first), False
+        ids += slot
+    return ids
 
 
 def virtual_ids(first_row: int, n: int) -> list[int]:

@@ -19,6 +19,10 @@ from lm_eval_softverb.errors import ConfigError
 
 MODELS = {
     "softprompt": "lm_eval_softverb.models.softprompt:SoftPromptLM",
+    "verbalizer": "lm_eval_softverb.models.verbalizer:VerbalizerLM",
+    "inspect": "lm_eval_softverb.models.verbalizer:InspectLM",
+    "selfverb": "lm_eval_softverb.models.verbalizer:SelfVerbLM",
+    "nearest": "lm_eval_softverb.models.verbalizer:NearestLM",
 }
 """Alias for ``--model`` → the module that defines the class, and the class. pyproject.toml lists the same pairs."""
 

@@ -9,7 +9,7 @@ from toys import BOS, CHATML, NO_SYSTEM, make_tokenizer
 
 from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.errors import ArtifactError, FrameError
-from lm_eval_softverb.frame import PLACEMENTS, SLOT, Frame, escape, unescape, virtual_ids
+from lm_eval_softverb.frame import PLACEMENTS, SLOT, Frame, escape, mark_slots, splice, unescape, virtual_ids
 
 V = virtual_ids(0, 3)
 SLOT_CHARACTER = "\ue5f7"
@@ -70,6 +70,27 @@ def test_a_continuation_is_taken_as_it_is():
     text = "".join(m["content"] for m in frame.wrap_chat([{"role": "user", "content": "red"}]))
     got = frame.encode(text, V, tokenize_with(PLAIN), rendered=True, continuation=answer)
     assert got == [*PLAIN.encode("red "), *V, *PLAIN.encode(answer)]
+
+
+# --- several slots ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
+def test_each_slot_gets_its_own_ids(bos):
+    got = splice(mark_slots("Say § or §§."), [V, [-9], []], tokenize_with(WITH_BOS if bos else PLAIN), continuation="§ red")
+    assert got == [*[BOS] * bos, *PLAIN.encode("Say "), *V, *PLAIN.encode(" or "), -9, *PLAIN.encode(".§ red")]
+
+
+def test_special_tokens_stand_before_the_first_text_only():
+    assert splice(mark_slots("§ red § good"), [V, V], tokenize_with(WITH_BOS)) == [
+        *V, *WITH_BOS.encode(" red "), *V, *PLAIN.encode(" good")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_slots_and_ids_must_match_in_number(count):
+    with pytest.raises(FrameError, match=f"2 slots, expected {count}"):
+        splice(mark_slots("§ or §"), [V] * count, tokenize_with(PLAIN))
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -202,6 +223,25 @@ def test_f28_chats_reach_the_model_byte_for_byte(system, shot, text, kind, templ
     before, _, after = expected.rpartition(mark)
     assert ids == [*PLAIN.encode(before), *V, *PLAIN.encode(after)]
     assert read_back(ids, mark) == expected
+
+
+@given(st.lists(documents, min_size=1, max_size=4), st.sampled_from([CHATML, NO_SYSTEM]))
+@example([SLOT_CHARACTER, SLOT_CHARACTER + "0" + SLOT_CHARACTER], CHATML)
+@few
+def test_f28_several_slots_leave_the_bytes_around_them_alone(pieces, template):
+    """Only a § of the text itself is a slot; what else looks like one reaches the model as it is."""
+    pieces = [piece.replace(SLOT, "") for piece in pieces]
+    rendered, _ = render_chat(
+        make_chat_tokenizer(template), [{"role": "user", "content": mark_slots(SLOT.join(pieces))}], True, {}
+    )
+    ids = splice(rendered, [[-1 - i] for i in range(len(pieces) - 1)], tokenize_with(PLAIN))
+    assert [t for t in ids if t < 0] == [-1 - i for i in range(len(pieces) - 1)]
+    texts, decode = [[]], PLAIN.backend_tokenizer.decode
+    for token in ids:
+        texts.append([]) if token < 0 else texts[-1].append(token)
+    pieces = ["<|im_start|>user\n" + pieces[0], *pieces[1:]]
+    pieces[-1] += "<|im_end|>\n<|im_start|>assistant\n"
+    assert [decode(t, skip_special_tokens=False) for t in texts] == pieces
 
 
 @given(documents)

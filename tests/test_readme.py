@@ -25,7 +25,7 @@ def test_make_targets_exist(command):
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("softverb ")])
 def test_softverb_commands_parse(command):
-    arguments = cli._parser().parse_args(shlex.split(command)[1:])
+    arguments = cli.parser().parse_args(shlex.split(command)[1:])
     data = getattr(arguments, "data", None)
     assert data is None or data in (*benchmarks.BENCHMARKS, *labelsets.names(), "rows.jsonl", "arc_easy")
 

@@ -9,15 +9,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.compare import report
 from lm_eval_softverb.data import labelsets
 from lm_eval_softverb.errors import ConfigError, OutputError, did_you_mean
+from lm_eval_softverb.metrics import label_scores
+from lm_eval_softverb.pretrained import DEFAULT
 from lm_eval_softverb.tuners.config import SoftConfig
+from lm_eval_softverb.verbalizers import MAX_NEW_TOKENS
+
+if TYPE_CHECKING:
+    from lm_eval_softverb.backbone import Backbone
+    from lm_eval_softverb.prompt import SoftPrompt
 
 LABELSET = "emotion"
 SHOTS = 5
@@ -68,6 +75,33 @@ ARMS = (
 OURS = "softprompt"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One way to turn the prompt into text.
+
+    Attributes:
+        name: in the table.
+        method, settings: of the verbalizer.
+        control: read instead of the prompt.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    control: str = "none"
+
+
+READINGS = (
+    Reading("nearest tokens, cosine", "nearest"),
+    Reading("nearest tokens, Euclidean", "nearest", {"distance": "euclidean"}),
+    Reading("InSPEcT, fixed layers", "inspect"),
+    Reading("InSPEcT, selected layers", "inspect", {"selection": DEFAULT}),
+    Reading("InSPEcT of random vectors", "inspect", {"selection": DEFAULT}, control="random"),
+    Reading("self-verbalization", "selfverb"),
+    Reading("self-verbalization of random vectors", "selfverb", control="random"),
+)
+
+
 def quickstart(
     out: Path,
     *,
@@ -80,7 +114,7 @@ def quickstart(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[report.Line]:
-    """Runs the whole path and writes ``prompt/``, ``report.csv``, ``report.html`` and ``lm_eval/<arm>/`` into ``out``.
+    """Runs the whole path: ``prompt/``, ``report.csv``, ``report.html``, ``verbalizations.jsonl``, ``lm_eval/<arm>/``.
 
     A second call with the same settings goes on where a killed one stopped.
 
@@ -91,6 +125,7 @@ def quickstart(
     from lm_eval_softverb.models.harness import find_rows
     from lm_eval_softverb.tuners.soft import train_soft_prompt
 
+    report.require_plots()
     if labelset not in labelsets.names():
         raise ConfigError(f"Unknown label set {labelset!r}. {did_you_mean(labelset, list(labelsets.names()))}")
     storage.require_writable(out)
@@ -98,8 +133,9 @@ def quickstart(
     q = Quickstart(labelset, pretrained, dtype, device, out)
     rows, info = find_rows(q.tasks[0])
     print(f"Training a soft prompt on {len(rows)} sentences of label set '{labelset}' ({pretrained}) …", flush=True)
+    backbone = Backbone.load(pretrained, dtype=train_dtype, device=device)
     prompt = train_soft_prompt(
-        Backbone.load(pretrained, dtype=train_dtype, device=device),
+        backbone,
         rows,
         config or SoftConfig(),
         q.prompt,
@@ -126,10 +162,48 @@ def quickstart(
         "from the training sentences). Every arm answers the same documents; intervals are over documents, differences "
         "are paired."
     )
-    report.write(out, "softverb quickstart", intro, lines, differences, {"The same runs by hand": "\n\n".join(commands)})
+    print("Reading the prompt by every method …", flush=True)
+    texts = read_prompt(backbone, prompt, labelset)
+    storage.write_text(out / "report.csv", report.to_csv([*lines, *differences]))
+    storage.write_jsonl(out / "verbalizations.jsonl", texts)
+    blocks = [
+        report.plot_svg(lines),
+        report.heading("Scores"),
+        report.line_table(lines),
+        report.heading("Paired differences on the same documents"),
+        report.line_table(differences),
+        report.heading("What the prompt says, by each method"),
+        report.table(("method", "text", "recall (%)", "F1 (%)"), [_cells(t) for t in texts], numbers=2),
+    ]
+    page = report.page("softverb quickstart", intro, blocks, {"The same runs by hand": "\n\n".join(commands)})
+    storage.write_text(out / "report.html", page)
     print(f"\n{report.to_text([*lines, *differences])}\n")
+    print("What the prompt says, by each method:")
+    for name, text, recall, f1 in map(_cells, texts):
+        print(f"  {name:34}recall {recall:>4}  F1 {f1:>4}  {text[:120]!r}")
     print(f"Trained in {trained:.0f} s, all in {time.monotonic() - began:.0f} s. Page: {out / 'report.html'}")
     return [*lines, *differences]
+
+
+def read_prompt(backbone: Backbone, prompt: SoftPrompt, labelset: str) -> list[dict[str, Any]]:
+    """The ground truth, and under it one text of the prompt per line of :data:`READINGS`, with its scores."""
+    from lm_eval_softverb.verbalizers.base import controlled, create, for_bank
+
+    gold = labelsets.label_words(labelset)
+    out: list[dict[str, Any]] = [{"method": "ground truth", "text": ", ".join(gold), **label_scores(", ".join(gold), gold)}]
+    for reading in READINGS:
+        settings = dict(reading.settings)
+        if settings.get("selection") not in (None, backbone.name):
+            continue  # chosen for another model
+        verbalizer = for_bank(create(reading.method, **settings), [{"labels": gold}])
+        prompts = controlled([prompt], reading.control)
+        [[text, *_]] = verbalizer.verbalize(backbone, prompts, kind="labels", max_new_tokens=MAX_NEW_TOKENS["labels"])
+        out.append({"method": reading.name, **text.to_json(), **label_scores(text.text, gold)})
+    return out
+
+
+def _cells(text: dict[str, Any]) -> tuple[str, str, str, str]:
+    return text["method"], text["text"], f"{100 * text['recall']:.0f}", f"{100 * text['f1']:.0f}"
 
 
 def run_arm(q: Quickstart, arm: Arm, batch_size: int) -> tuple[dict[str, Any], str]:

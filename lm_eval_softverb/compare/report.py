@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from lm_eval_softverb import storage
 from lm_eval_softverb.compare.stats import mean_interval, paired_interval
 from lm_eval_softverb.errors import DataError, MissingExtra
 
@@ -41,6 +40,8 @@ def sample_scores(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str,
     for task, samples in (results.get("samples") or {}).items():
         for sample in samples:
             for metric in sample["metrics"]:
+                if not isinstance(sample[metric], (int, float)):
+                    continue  # corpus metrics keep texts until all documents are done
                 scores = out.setdefault((task, metric), {})
                 key = f"{sample['doc_hash']}/{sample['doc_id']}/{sample['filter']}"
                 if key in scores:
@@ -101,24 +102,57 @@ def to_text(lines: Sequence[Line]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
+def require_plots() -> None:
+    """Called before long work whose page will need it.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtra("The plot needs matplotlib: pip install 'lm_eval_softverb[plots]'.") from error
+
+
+@contextmanager
+def figure(columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """A matplotlib figure and its row of axes, closed afterwards; the same data gives the same SVG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    require_plots()
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"svg.hashsalt": "softverb"}):
+        drawn, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
+        try:
+            yield drawn, axes[0]
+        finally:
+            plt.close(drawn)
+
+
+def inline_svg(drawn: Any) -> str:
+    """A figure as an ``<svg>`` element for a page."""
+    out = io.StringIO()
+    drawn.tight_layout()
+    drawn.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
 def plot_svg(lines: Sequence[Line]) -> str:
     """Dots with intervals, one panel per (task, metric), as inline SVG.
 
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtra("The plot needs matplotlib: pip install 'lm_eval_softverb[plots]'.") from error
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
     panels = sorted({(x.task, x.metric) for x in lines})
     arms = list(dict.fromkeys(x.arm for x in lines))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.9 + 0.45 * len(arms)), squeeze=False)
-    with plt.rc_context({"svg.hashsalt": "softverb"}):
-        for axis, panel in zip(axes[0], panels, strict=True):
+    with figure(len(panels), (4.2 * len(panels), 0.9 + 0.45 * len(arms))) as (drawn, axes):
+        for axis, panel in zip(axes, panels, strict=True):
             for place, arm in enumerate(reversed(arms)):
                 for x in (x for x in lines if (x.task, x.metric) == panel and x.arm == arm):
                     axis.plot([100 * x.low, 100 * x.high], [place, place], color="#4a6fa5", linewidth=2)
@@ -129,49 +163,42 @@ def plot_svg(lines: Sequence[Line]) -> str:
             axis.set_title(" · ".join(panel), fontsize=9)
             axis.set_xlabel("% of documents, 95 % interval", fontsize=8)
             axis.grid(axis="x", alpha=0.3)
-        figure.tight_layout()
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg") :]
+        return inline_svg(drawn)
 
 
-def to_html(title: str, intro: str, scores: Sequence[Line], differences: Sequence[Line], sections: Mapping[str, str]) -> str:
-    """A page that needs nothing from outside. ``sections`` maps a heading to plain text; everything is escaped."""
+def line_table(lines: Sequence[Line]) -> str:
+    """Lines as an HTML table, in percent points of the metric."""
+    body = [
+        (x.arm, x.task, x.metric, f"{100 * x.value:.1f}", f"{100 * x.low:.1f} to {100 * x.high:.1f}", str(x.n)) for x in lines
+    ]
+    return table(("arm", "task", "metric", "value (%)", "95 % interval", "n"), body, numbers=3)
 
-    def table(lines: Sequence[Line]) -> str:
-        cells = "".join(
-            f"<tr><td>{html.escape(x.arm)}</td><td>{html.escape(x.task)}</td><td>{html.escape(x.metric)}</td>"
-            f"<td class=n>{100 * x.value:.1f}</td><td class=n>{100 * x.low:.1f} to {100 * x.high:.1f}</td>"
-            f"<td class=n>{x.n}</td></tr>"
-            for x in lines
-        )
-        head = "".join(f"<th>{h}</th>" for h in ("arm", "task", "metric", "value (%)", "95 % interval", "n"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
 
-    blocks = "".join(f"<h2>{html.escape(k)}</h2><pre>{html.escape(v)}</pre>" for k, v in sections.items())
+def table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: int) -> str:
+    """An HTML table with everything escaped; the last ``numbers`` columns are aligned to the right."""
+
+    def cell(i: int, text: str) -> str:
+        return f"<td{' class=n' if i >= len(head) - numbers else ''}>{html.escape(text)}</td>"
+
+    rows = "".join(f"<tr>{''.join(cell(i, text) for i, text in enumerate(row))}</tr>" for row in body)
+    return f"<table><thead><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in head)}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def page(title: str, intro: str, blocks: Sequence[str], sections: Mapping[str, str]) -> str:
+    """A page that needs nothing from outside. ``blocks`` are HTML of ours; title, intro and sections are plain text."""
+    more = "".join(f"<h2>{html.escape(k)}</h2><pre>{html.escape(v)}</pre>" for k, v in sections.items())
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>"
         "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}"
         "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .7rem;border-bottom:1px solid #ccd;text-align:left}"
+        "td{vertical-align:top}"
         ".n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
         "svg{max-width:100%;height:auto}</style></head><body>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"
-        f"{plot_svg(scores)}<h2>Scores</h2>{table(scores)}"
-        f"<h2>Paired differences on the same documents</h2>{table(differences)}{blocks}</body></html>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(blocks)}{more}</body></html>"
     )
 
 
-def write(
-    folder: Path,
-    title: str,
-    intro: str,
-    scores: Sequence[Line],
-    differences: Sequence[Line],
-    sections: Mapping[str, str],
-) -> None:
-    """Writes ``report.csv`` and ``report.html`` into ``folder``."""
-    storage.write_text(folder / "report.csv", to_csv([*scores, *differences]))
-    storage.write_text(folder / "report.html", to_html(title, intro, scores, differences, sections))
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"

@@ -123,6 +123,7 @@ def answered(
     key: Callable[[Instance, int], str | None],
     compute: Callable[[list[Instance], Callable[[int, A], None]], list[A]],
     restore: Callable[[Any], A] = lambda value: value,
+    store: Callable[[A], Any] = lambda answer: answer,
 ) -> tuple[list[A], int]:
     """Answers from the ledger where it has them, from ``compute`` otherwise.
 
@@ -130,6 +131,7 @@ def answered(
         key: key of a request given how often the same one came before; None means never cached.
         compute: answers the missing requests in order and reports each ``(index, answer)`` as soon as it is known.
         restore: turns the JSON value back into an answer.
+        store: turns an answer into a JSON value.
 
     Returns:
         All answers in order, and how many came from the ledger.
@@ -152,7 +154,7 @@ def answered(
     def done(index: int, answer: A) -> None:
         k = keys[missing[index]]
         if k is not None:
-            ledger.put(k, answer)
+            ledger.put(k, store(answer))
 
     if missing:
         for i, answer in zip(missing, compute([requests[i] for i in missing], done), strict=True):

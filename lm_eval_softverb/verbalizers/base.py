@@ -1,30 +1,19 @@
-"""What a verbalizer is: soft prompts in, texts out, best first. Its settings are the fields of one frozen dataclass.
-
-Adding a method: one file with such a class, one line in :data:`METHODS`.
-"""
+"""What a verbalizer is: soft prompts in, texts out, best first. Its settings are the fields of one frozen dataclass."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.errors import ConfigError, did_you_mean
 from lm_eval_softverb.prompt import SoftPrompt
-
-Kind = Literal["labels", "instructions"]
-"""What the texts should say: the label set a prompt chooses from, or the instruction it acts on."""
-KINDS: tuple[str, ...] = get_args(Kind)
-
-METHODS = {
-    "nearest": "lm_eval_softverb.verbalizers.nearest:Nearest",
-    "inspect": "lm_eval_softverb.verbalizers.inspect_grid:Inspect",
-    "selfverb": "lm_eval_softverb.verbalizers.selfverb:SelfVerb",
-}
+from lm_eval_softverb.verbalizers import METHODS, Kind
 
 
 @dataclass(frozen=True)
@@ -39,7 +28,14 @@ class Verbalization:
 
     text: str
     confidence: float | None = None
-    details: Mapping[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text, "confidence": self.confidence, "details": dict(self.details)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Verbalization:
+        return cls(str(value["text"]), value["confidence"], value["details"])
 
 
 class Verbalizer(Protocol):
@@ -104,11 +100,31 @@ def _read(method: str, name: str, kind: str, value: Any) -> Any:
     return number if kind == "float" else str(value)
 
 
+def for_bank(verbalizer: Verbalizer, entries: Sequence[Mapping[str, Any]]) -> Verbalizer:
+    """``verbalizer`` with whatever it must not see of a bank's ground truth kept away from its examples.
+
+    A method that shows the model example tasks has a setting ``avoid``: words that none of them may have as a label.
+    """
+    if getattr(verbalizer, "avoid", None) != "":
+        return verbalizer
+    words = sorted({str(label) for entry in entries for label in entry.get("labels") or ()})
+    return replace(verbalizer, avoid="|".join(words))  # type: ignore[type-var]
+
+
+def controlled(prompts: Sequence[SoftPrompt], control: str, seed: int = 0) -> Sequence[SoftPrompt]:
+    """The prompts themselves (``none``), or the control in their place (``random``)."""
+    return random_like(prompts, seed) if control == "random" else prompts
+
+
 def random_like(prompts: Sequence[SoftPrompt], seed: int = 0) -> list[SoftPrompt]:
-    """The control: random directions whose rows have the norms of the prompts' rows, in the same frames."""
+    """The control: random directions whose rows have the norms of the prompts' rows, in the same frames.
+
+    A prompt's control depends on ``seed`` and the prompt only, not on the prompts beside it.
+    """
     out = []
-    for index, prompt in enumerate(prompts):
-        noise = torch.randn(prompt.embeddings.shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+    for prompt in prompts:
+        own = int(storage.sha256_json(["control", seed, prompt.id])[:15], 16)
+        noise = torch.randn(prompt.embeddings.shape, generator=torch.Generator().manual_seed(own))
         rows = noise * (prompt.embeddings.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         out.append(replace(prompt, embeddings=rows, info={"control": "random", "norms_of": prompt.id, "seed": seed}))
     return out

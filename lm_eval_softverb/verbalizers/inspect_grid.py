@@ -24,7 +24,8 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.errors import ArtifactError, ConfigError, did_you_mean
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.residual import decoder_layers, states
-from lm_eval_softverb.verbalizers.base import KINDS, Kind, Verbalization
+from lm_eval_softverb.verbalizers import KINDS, Kind
+from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.patching import Continuation, Patch, sequential, target_prefix, together
 
 EXAMPLES = 3
@@ -57,13 +58,14 @@ def choose_examples(kind: Kind, seed: int = 0, avoid: Iterable[str] = ()) -> tup
         ConfigError: fewer than three are left.
     """
     words = {word.strip().lower() for word in avoid}
-    found = [x for x in examples(kind) if not words & {label.lower() for label in x.labels}]
+    shuffled = random.Random(seed).sample(examples(kind), len(examples(kind)))
+    found = [x for x in shuffled if not words & {label.lower() for label in x.labels}]
     if len(found) < EXAMPLES:
         raise ConfigError(
             f"Only {len(found)} example descriptions share no label with what is evaluated; InSPEcT needs {EXAMPLES}. "
             "Evaluate fewer label sets at a time."
         )
-    return tuple(random.Random(seed).sample(found, EXAMPLES))
+    return tuple(found[:EXAMPLES])
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ class Inspect:
         text = SEPARATOR.join(x.text for x in self.examples(kind)) + SEPARATOR.rstrip()
         words = backbone.tokenizer.encode(text)
         filler = backbone.tokenizer.encode(f" {self.placeholder}", add_special_tokens=False)[-1]
+        longest = len(words) + max((p.n for p in prompts), default=0) + max_new_tokens
+        backbone.check_room(longest, "InSPEcT's target prompt, the virtual tokens and the text count; lower max_new_tokens.")
         prefix = target_prefix(backbone, words) if self.mode == "fast" else None
         out: list[list[Continuation]] = [[] for _ in prompts]
         for n in sorted({p.n for p in prompts}):

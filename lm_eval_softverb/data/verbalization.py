@@ -1,0 +1,110 @@
+"""Soft prompts with known ground truth as documents of the tasks ``verbalize_labels`` and ``verbalize_instructions``.
+
+A line of a bank's ``manifest.jsonl`` may carry ``labels`` (a list of strings), ``instruction`` (a string), ``task`` and
+``split``. Only the manifest is read here, no tensor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, did_you_mean
+from lm_eval_softverb.storage import read_jsonl
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MANIFEST = "manifest.jsonl"  # as in lm_eval_softverb.bank, which stands on the same floor
+Target = Literal["labels", "instructions"]
+FIELDS: dict[Target, str] = {"labels": "labels", "instructions": "instruction"}
+"""Target → the manifest's field with the ground truth."""
+
+
+def load(target: Target, bank: object = None, peft: object = None, split: object = None, **_: Any) -> dict[str, Dataset]:
+    """Prompts whose ground truth is known; tasks call it through ``custom_dataset``, which passes the model's arguments.
+
+    Args:
+        target: what the texts should say.
+        bank: folder of the bank.
+        peft: one soft prompt, which has no ground truth; only for the error.
+        split: the entries to take; by default ``test`` where there is such an entry, else all.
+
+    Returns:
+        ``test``, with ``prompt_id``, ``task`` ("" where there is none), ``kind`` (the target), ``target`` (the ground truth as
+        text) and ``labels`` (empty for instructions).
+
+    Raises:
+        ConfigError: no bank, or an unknown target.
+        ArtifactError: the folder is no bank.
+        DataError: entries that cannot be used, with ``file:line``, or none that match.
+    """
+    if target not in get_args(Target):
+        raise ConfigError(f"There is no target {target!r}. {did_you_mean(str(target), list(FIELDS))}")
+    if not bank:
+        got = f"only peft={peft}, one prompt without ground truth" if peft else "no bank"
+        raise ConfigError(
+            f"The task verbalize_{target} got {got}; it needs a bank of soft prompts whose manifest has "
+            f"'{FIELDS[target]}'. Pass --model_args bank=DIR or, where the model takes none, "
+            '--metadata \'{"bank": "DIR"}\'.'
+        )
+    manifest = Path(str(bank)).expanduser() / MANIFEST
+    if not manifest.exists():
+        raise ArtifactError(
+            f"{manifest.parent} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete)."
+        )
+    docs, splits = _read(manifest, target)
+    wanted = str(split) if split is not None else "test" if "test" in splits else None
+    chosen = [doc for doc, own in zip(docs, splits, strict=True) if wanted in (None, own)]
+    if not chosen:
+        counts = {own or "no split": splits.count(own) for own in dict.fromkeys(splits)}
+        held = ", ".join(f"{n} in {own}" for own, n in counts.items())
+        raise DataError(
+            f"{manifest} has no prompts with '{FIELDS[target]}'{f' in split {wanted}' if docs else ''}; it holds "
+            + (
+                f"{held}. Pass split=… to choose."
+                if docs
+                else "others only. Pass another bank or run the other verbalize task."
+            )
+        )
+    from datasets import Dataset, Features, Value
+
+    text = Value("string")
+    columns = {"prompt_id": text, "task": text, "kind": text, "target": text, "labels": [text]}
+    return {"test": Dataset.from_list(chosen, features=Features(columns))}
+
+
+def _read(manifest: Path, target: Target) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """Documents of the entries that have the target, and their splits."""
+    docs: list[dict[str, Any]] = []
+    splits: list[str | None] = []
+    names = set[str]()
+    field = FIELDS[target]
+    for number, entry in read_jsonl(manifest):
+        where = f"{manifest}:{number}"
+        name = _text(entry.get("prompt_id"), f"{where}: 'prompt_id'")
+        if name in names:
+            raise DataError(f"{where}: a second prompt is named {name!r}; names must be unique.")
+        names.add(name)
+        gold = entry.get(field)
+        if gold is None:
+            continue
+        if target == "labels" and (not isinstance(gold, list) or not gold):
+            raise DataError(f"{where}: 'labels' is {gold!r}, expected a list of strings; leave the field out where unknown.")
+        parts = [_text(part, f"{where}: '{field}'") for part in (gold if target == "labels" else [gold])]
+        task = _text(entry["task"], f"{where}: 'task'") if entry.get("task") is not None else ""
+        own = _text(entry["split"], f"{where}: 'split'") if entry.get("split") is not None else None
+        labels = parts if target == "labels" else []
+        docs.append({"prompt_id": name, "task": task, "kind": target, "target": ", ".join(parts), "labels": labels})
+        splits.append(own)
+    return docs, splits
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where} is {value!r}, expected text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where} has half a surrogate pair at character {error.start}. Write it again.") from error
+    return value
