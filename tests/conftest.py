@@ -6,9 +6,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hashlib
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from toys import TINY, save_tiny
@@ -154,3 +156,42 @@ def evaluate():
 
     yield run
     patch.undo()
+
+
+# --- sentence similarity without weights ------------------------------------------------------------------------------
+
+
+def _rows(texts: list[str]) -> np.ndarray:
+    rows = []
+    for text in texts:
+        seeds = [
+            int(hashlib.sha256(word.encode()).hexdigest()[:15], 16) for word in ["", *text.lower().replace(",", " ").split()]
+        ]
+        rows.append(sum(np.random.default_rng(seed).normal(size=16) for seed in seeds))
+    return np.array(rows)
+
+
+@pytest.fixture(scope="session")
+def hashed_rows():
+    """Texts [N] → rows [N, 16], not of unit length; every word is a random direction, so common words make texts alike."""
+    return _rows
+
+
+@pytest.fixture
+def hashing(monkeypatch, hashed_rows):
+    """Stands in for MiniLM; ``.seen`` lists what was really encoded. Texts of more than twenty words are cut."""
+    from lm_eval_softverb.metrics import similarity, tasks
+    from lm_eval_softverb.metrics.similarity import Encoder
+
+    seen: list[list[str]] = []
+
+    def encode(texts):
+        seen.append(list(texts))
+        return hashed_rows(texts)
+
+    encoder = Encoder(encode, lambda text: len(text.split()) > 20)
+    encoder.seen = seen
+    monkeypatch.setattr(similarity, "default", lambda: encoder)
+    tasks._ranks.cache_clear()
+    yield encoder
+    tasks._ranks.cache_clear()

@@ -98,3 +98,78 @@ def test_help_has_examples(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert "examples:" in capsys.readouterr().out
+
+
+# --- verbalize and select --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bank(tiny, tmp_path):
+    import torch
+
+    from lm_eval_softverb.backbone import Backbone
+    from lm_eval_softverb.bank import Bank
+
+    fingerprint = Backbone.load(tiny("llama", window=256), device="cpu").fingerprint
+    items = [
+        (
+            SoftPrompt(torch.randn(3, 32, generator=torch.Generator().manual_seed(i)), fingerprint=fingerprint),
+            {"prompt_id": f"p{i}", "labels": ["red", "blue"], "split": ("train", "test")[i % 2]},
+        )
+        for i in range(3)
+    ]
+    return Bank.save(tmp_path / "bank", items)
+
+
+def test_verbalize_end_to_end(bank, tiny, tmp_path, capsys):
+    out = tmp_path / "texts.jsonl"
+    model = ["--model", tiny("llama", window=256), "--device", "cpu", "--quiet"]
+    arguments = ["verbalize", "--bank", str(bank), "--out", str(out), "--max-new-tokens", "4", *model]
+    assert cli.main([*arguments, "--method", "inspect", "--set", "source_layer=-1", "--set", "target_layer=1"]) == 0
+    lines = [json.loads(x) for x in out.read_text().splitlines()]
+    assert [x["prompt_id"] for x in lines] == ["p0", "p1", "p2"]
+    assert lines[0]["settings"]["source_layer"] == -1 and lines[0]["max_new_tokens"] == 4
+    assert "3 texts of 3 soft prompts" in capsys.readouterr().out
+    assert cli.main([*arguments, "--method", "nearest"]) == 1
+    assert "another run" in capsys.readouterr().err
+    assert cli.main([*arguments, "--method", "nearest", "--split", "test", "--overwrite"]) == 0
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_verbalize_one_prompt(bank, tiny, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    arguments = ["verbalize", "--prompt", str(bank / "p0"), "--out", str(out), "--method", "nearest", "--quiet"]
+    assert cli.main([*arguments, "--model", tiny("llama", window=256), "--device", "cpu"]) == 0
+    [line] = [json.loads(x) for x in out.read_text().splitlines()]
+    assert line["prompt_id"] == SoftPrompt.load(bank / "p0").id and line["kind"] == "instructions"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt DIR for one"),
+        (["--bank", "BANK", "--split", "dev"], "no prompts of split 'dev'"),
+        (["--bank", "BANK", "--set", "source_layer"], "NAME=VALUE"),
+        (["--bank", "BANK", "--set", "sauce_layer=1"], "Did you mean 'source_layer'"),
+    ],
+)
+def test_verbalize_refuses_before_the_model_loads(arguments, message, bank, tmp_path, capsys, monkeypatch):
+    no_model(monkeypatch)
+    arguments = [str(bank) if a == "BANK" else a for a in arguments]
+    assert cli.main(["verbalize", "--method", "inspect", "--out", str(tmp_path / "t.jsonl"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_verbalize_help_describes_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verbalize", "--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("source_layer", "distance", "per_frame", "examples:"))
+
+
+def test_select_end_to_end(bank, tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the page needs the extra [plots]")
+    arguments = ["select", "--bank", str(bank), "--out", str(tmp_path / "s"), "--max-new-tokens", "3", "--quiet"]
+    assert cli.main([*arguments, "--model", tiny("llama", window=256), "--device", "cpu"]) == 0
+    assert "Selected for labels: source layer" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s" / "selection.json").read_text())["layers"] == 3

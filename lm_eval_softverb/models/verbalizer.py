@@ -205,7 +205,23 @@ class VerbalizerLM(LM):
         return [answers[i] for i in range(len(requests))]
 
     def _place(self, request: Instance) -> int:
-        return self.bank.place(request.doc or {}, request.task_name, self.prompt_field)
+        """Index of the prompt of one request.
+
+        Raises:
+            DataError: the document's ground truth is not this bank's: the harness's --cache_requests reuses the documents of
+                whatever bank came first.
+        """
+        doc = request.doc or {}
+        place = self.bank.place(doc, request.task_name, self.prompt_field)
+        entry = self.bank.entries[place]
+        truth = {"labels": entry.get("labels") and ", ".join(entry["labels"]), "instructions": entry.get("instruction")}
+        known = truth.get(str(doc.get("kind")))
+        if "target" in doc and doc["target"] != known:
+            raise DataError(
+                f"The document for prompt {entry['prompt_id']!r} has the ground truth {doc['target']!r}, the bank "
+                f"{self.bank.source} has {known!r}. Run without --cache_requests, or delete its cache."
+            )
+        return place
 
     def _wanted(self, request: Instance) -> tuple[str, int]:
         """Kind of text and most new tokens of one request."""

@@ -44,16 +44,18 @@ def test_csv_has_the_documented_columns():
     ]
 
 
-def test_page_is_self_contained_and_escapes_text(tmp_path):
+def test_page_is_self_contained_and_escapes_text():
     pytest.importorskip("matplotlib", reason="the plot needs the extra [plots]")
     lines = [Line("none", "t", "acc", 0.5, 0.4, 0.6, 10), Line("<b>arm</b>", "t", "acc", 0.9, 0.8, 1.0, 10)]
-    report.write(tmp_path, "Title", "<script>alert(1)</script>", lines, [], {"said": "</pre><script>alert(2)</script>"})
-    page = (tmp_path / "report.html").read_text()
+    said = "<script>alert(3)</script>"
+    table = report.table(("a", "b"), [(said, "1")], numbers=1)
+    blocks = [report.plot_svg(lines), report.heading(said), report.line_table(lines), table]
+    page = report.page("Title", "<script>alert(1)</script>", blocks, {"said": "</pre><script>alert(2)</script>"})
     assert "<script" not in page
     assert "<b>arm" not in page
     assert "<svg" in page
     assert "src=" not in page
-    assert (tmp_path / "report.csv").exists()
+    assert "<td class=n>90.0</td>" in page and "<td class=n>1</td>" in page
 
 
 def test_text_table_aligns():

@@ -123,6 +123,15 @@ def test_what_a_verbalizer_cannot_do(bank, model):
         lm.generate_until(requests([{"prompt_id": "p9", "kind": "labels"}]), disable_tqdm=True)
 
 
+def test_f24_documents_of_another_bank_are_refused(bank, model):
+    """The harness's request cache hands out the documents of whatever bank came first."""
+    lm = InspectLM(pretrained=model, bank=bank.source, **FIXED)
+    doc = {"prompt_id": "p0", "kind": "labels", "labels": ["red", "blue"], "target": "red, blue"}
+    lm.generate_until(requests([doc]), disable_tqdm=True)
+    with pytest.raises(DataError, match="--cache_requests"):
+        lm.generate_until(requests([{**doc, "target": "green, yellow"}]), disable_tqdm=True)
+
+
 @pytest.mark.parametrize("alias", ["inspect", "selfverb", "nearest"])
 def test_the_aliases_run_both_tasks_through_the_harness(bank, tiny, alias, monkeypatch, hashing):
     import lm_eval
