@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,10 +31,10 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of tokens that many rows share.
+    """Keys and values of tokens that many rows share: one prefix for all, or one for each of several groups of rows.
 
     Attributes:
-        layers: per decoder layer (keys, values), each [1, heads, length, head size].
+        layers: per decoder layer (keys, values), each [groups, heads, length, head size].
         length: number of tokens.
     """
 
@@ -42,10 +42,17 @@ class Prefix:
     length: int
 
     def expand(self, batch: int, config: Any) -> DynamicCache:
-        """A cache for ``batch`` rows that begin with this prefix; nothing is copied until the first new token."""
+        """A cache for ``batch`` rows that begin with the one prefix; nothing is copied until the first new token."""
+        return self._cache(config, lambda x: x.expand(batch, -1, -1, -1))
+
+    def select(self, groups: Tensor, config: Any) -> DynamicCache:
+        """A cache for rows of which the i-th begins with the prefix of group ``groups[i]``."""
+        return self._cache(config, lambda x: x[groups])
+
+    def _cache(self, config: Any, rows_of: Callable[[Tensor], Tensor]) -> DynamicCache:
         cache = DynamicCache(config=config)
         for index, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+            cache.update(rows_of(keys), rows_of(values), index)
         return cache
 
 
@@ -183,26 +190,31 @@ class Backbone:
         """Input embeddings [B, T, d] of ``ids`` [B, T]; negative ids take their row of ``rows`` [R, d]."""
         virtual = ids < 0
         embeds: Tensor = self.embedding(ids.masked_fill(virtual, 0))
-        if rows.shape[0] == 0:
-            return embeds
+        if rows.shape[0] == 0 or not bool(virtual.any()):
+            return embeds  # also spares the backward pass a scatter over all tokens
         own = rows.to(embeds.dtype)[(-1 - ids).clamp(min=0)]
         return torch.where(virtual.unsqueeze(-1), own, embeds)
 
     def prefix(self, ids: Sequence[int], rows: Tensor) -> Prefix | None:
         """Keys and values of ``ids``, run once; None where the architecture keeps other state than keys and values."""
-        if self.is_seq2seq or not ids or not self.has_keys:
+        return self.prefixes([ids], rows)
+
+    def prefixes(self, sequences: Sequence[Sequence[int]], rows: Tensor) -> Prefix | None:
+        """The same for several prefixes of equal length, one per group of rows."""
+        length = len(sequences[0])
+        if self.is_seq2seq or not length or not self.has_keys:
             return None
         cache = DynamicCache(config=self.model.config)
-        with self._head_at(torch.zeros(1, len(ids), dtype=torch.bool)):
-            out = self.model(inputs_embeds=self.embed(self.tensor([list(ids)]), rows), past_key_values=cache, use_cache=True)
+        with self._head_at(torch.zeros(len(sequences), length, dtype=torch.bool)):
+            out = self.model(inputs_embeds=self.embed(self.tensor(sequences), rows), past_key_values=cache, use_cache=True)
         layers = []
         for layer in getattr(out.past_key_values, "layers", ()):
             plain = type(layer) is DynamicLayer
-            unslid = type(layer) is DynamicSlidingWindowLayer and len(ids) < layer.sliding_window
-            if not (plain or unslid) or layer.keys is None or layer.keys.shape[-2] != len(ids):
+            unslid = type(layer) is DynamicSlidingWindowLayer and length < layer.sliding_window
+            if not (plain or unslid) or layer.keys is None or layer.keys.shape[-2] != length:
                 return None
             layers.append((layer.keys, layer.values))
-        return Prefix(tuple(layers), len(ids)) if layers else None
+        return Prefix(tuple(layers), length) if layers else None
 
     def logits(
         self,

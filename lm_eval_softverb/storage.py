@@ -179,8 +179,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}). The file may be truncated.") from error
 
 
-def read_embeddings(path: Path) -> torch.Tensor:
-    """Reads ``prompt_embeddings`` [n, d] from a safetensors file, checking before copying.
+def read_embeddings(path: Path, key: str = "prompt_embeddings") -> torch.Tensor:
+    """Reads the rows [n, d] named ``key`` from a safetensors file, checking before copying.
 
     Returns:
         Contiguous float32 tensor [n, d].
@@ -192,7 +192,6 @@ def read_embeddings(path: Path) -> torch.Tensor:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    key = "prompt_embeddings"
     try:
         with safe_open(str(path), framework="pt") as f:
             names = list(f.keys())

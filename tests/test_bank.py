@@ -9,6 +9,7 @@ import torch
 
 from lm_eval_softverb.bank import MANIFEST, Bank
 from lm_eval_softverb.errors import ArtifactError, DataError
+from lm_eval_softverb.frame import Frame
 from lm_eval_softverb.prompt import SoftPrompt
 
 
@@ -36,9 +37,60 @@ def test_round_trip(folder):
     assert bank.entries[1]["split"] == "train"
 
 
-def test_each_prompt_is_a_folder_of_its_own(folder):
-    for entry, expected in zip(Bank.load(folder).entries, (prompt(0), prompt(1, 5)), strict=True):
-        assert SoftPrompt.load(folder / entry["path"]).id == expected.id
+def test_a_prompt_saved_by_itself_is_a_peft_folder(folder, tmp_path):
+    for found, expected in zip(Bank.load(folder).prompts, (prompt(0), prompt(1, 5)), strict=True):
+        assert SoftPrompt.load(found.save(tmp_path / found.id)).id == expected.id
+
+
+def test_frame_info_and_base_model_come_back(tmp_path, backbone):
+    made = SoftPrompt(prompt(0).embeddings, Frame("user_end", "Please §."), backbone("llama").fingerprint, {"losses": [1.5]})
+    folder = Bank.save(tmp_path / "bank", [(made, {"prompt_id": "p"})])
+    [found] = Bank.load(folder).prompts
+    assert (found.id, found.frame, dict(found.info)) == (made.id, made.frame, {"losses": [1.5]})
+    assert found.fingerprint.differences(made.fingerprint) == []
+    assert (folder / "manifest.jsonl").stat().st_size < 1000 < (folder / "bank.json").stat().st_size
+
+
+def test_one_base_model_and_one_name_each(tmp_path, backbone):
+    first, second = (
+        SoftPrompt(prompt(i).embeddings, fingerprint=backbone(n).fingerprint) for i, n in ((0, "llama"), (1, "qwen2"))
+    )
+    with pytest.raises(ArtifactError, match="one frozen model"):
+        Bank.save(tmp_path / "bank", [(first, {}), (second, {})])
+    with pytest.raises(ArtifactError, match="one frozen model"):
+        Bank.save(tmp_path / "bank", [(first, {}), (prompt(2), {})])
+    with pytest.raises(ArtifactError, match="names must be unique"):
+        Bank.save(tmp_path / "bank", [(first, {"prompt_id": "p"}), (prompt(2), {"prompt_id": "p"})])
+    assert not (tmp_path / "bank" / MANIFEST).exists()
+
+
+def test_swapped_rows_are_noticed(folder):
+    """The names are those of the manifest, the rows are not."""
+    from lm_eval_softverb import storage
+
+    storage.write_tensors(folder / "prompts.safetensors", {prompt(0).id: prompt(7).embeddings, "p1": prompt(1, 5).embeddings})
+    with pytest.raises(ArtifactError, match="not those the manifest was written for"):
+        Bank.load(folder)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A bank of folders, one per prompt."""
+    root = tmp_path / "folders"
+    for i in range(2):
+        prompt(i).save(root / f"p{i}")
+    (root / MANIFEST).write_text("".join(json.dumps({"prompt_id": f"p{i}", "path": f"p{i}"}) + "\n" for i in range(2)))
+    return root
+
+
+def test_prompts_may_be_folders_of_their_own(folders):
+    assert [p.id for p in Bank.load(folders).prompts] == [prompt(0).id, prompt(1).id]
+
+
+def test_one_prompt_by_name(folder):
+    assert Bank.load(folder).prompt("p1").id == prompt(1, 5).id
+    with pytest.raises(ArtifactError, match="Did you mean 'p1'"):
+        Bank.load(folder).prompt("p2")
 
 
 def test_prompts_are_found_by_document_field_then_by_task(folder):
@@ -56,11 +108,11 @@ def test_a_missing_prompt_is_an_error_that_says_what_was_asked(folder, doc, task
 
 
 def test_a_task_with_several_prompts_needs_the_document_to_choose(folder):
-    rewrite(folder, lambda rows: rows[0].update(task="b", prompt_id="p0"))
+    rewrite(folder, lambda rows: rows[0].update(task="b"))
     bank = Bank.load(folder)
     with pytest.raises(ArtifactError, match=r"2 prompts for task 'b'.*'which'"):
         bank.place({}, "b", "which")
-    assert bank.place({"which": "p0"}, "b", "which") == 0
+    assert bank.place({"which": prompt(0).id}, "b", "which") == 0
 
 
 def test_without_a_manifest_the_bank_is_incomplete(folder):

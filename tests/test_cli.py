@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from toys import exported
 
 from lm_eval_softverb import cli
 from lm_eval_softverb.prompt import SoftPrompt
@@ -138,10 +139,11 @@ def test_verbalize_end_to_end(bank, tiny, tmp_path, capsys):
 
 def test_verbalize_one_prompt(bank, tiny, tmp_path):
     out = tmp_path / "texts.jsonl"
-    arguments = ["verbalize", "--prompt", str(bank / "p0"), "--out", str(out), "--method", "nearest", "--quiet"]
+    folder = exported(bank, "p0")
+    arguments = ["verbalize", "--prompt", folder, "--out", str(out), "--method", "nearest", "--quiet"]
     assert cli.main([*arguments, "--model", tiny("llama", window=256), "--device", "cpu"]) == 0
     [line] = [json.loads(x) for x in out.read_text().splitlines()]
-    assert line["prompt_id"] == SoftPrompt.load(bank / "p0").id and line["kind"] == "instructions"
+    assert line["prompt_id"] == SoftPrompt.load(folder).id and line["kind"] == "instructions"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,13 @@ def save_tiny(tiny: Tiny, folder: Path) -> str:
     return str(folder)
 
 
+def exported(folder, name: str) -> str:
+    """One prompt of a bank in a folder of its own."""
+    from lm_eval_softverb.bank import Bank
+
+    return str(Bank.load(folder).prompt(name).save(Path(folder) / name))
+
+
 def hard_rows(backbone, ids):
     """Input embeddings [n, d] of real tokens: the rows of a soft prompt that must act like their text."""
     with torch.no_grad():

@@ -1,92 +1,32 @@
 """Soft prompt tuning (Lester et al. 2021): vectors in front of a frozen model, trained on target tokens only.
 
-The loop reads top to bottom: encode rows, then for every epoch one optimiser step per batch, validation, and a decision.
-A step is exact and lean: the virtual tokens (with the text all rows of a batch share behind them) run once and not once per
-row, and only target positions go through the LM head.
+One prompt, or many together: every optimiser step takes one batch of each, one backward pass over all of them, and then each
+prompt's own clipping, Adam step and, after an epoch, validation. A prompt trained beside others follows the trajectory it
+follows alone.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import lm_eval_softverb
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
-from lm_eval_softverb.batching import Counters, halving, is_out_of_memory, shared_length
-from lm_eval_softverb.data.rows import Row, data_sha256, split_rows
-from lm_eval_softverb.errors import ArtifactError, DataError, NonFiniteError
-from lm_eval_softverb.prompt import SIDECAR, SoftPrompt
+from lm_eval_softverb.batching import is_out_of_memory
+from lm_eval_softverb.data.rows import Row
+from lm_eval_softverb.errors import NonFiniteError
+from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.tuners import checkpoint
 from lm_eval_softverb.tuners.config import SoftConfig
-from lm_eval_softverb.tuners.encoding import Example, encode_rows, epoch_batches
+from lm_eval_softverb.tuners.encoding import Example
+from lm_eval_softverb.tuners.loss import backward, mean_losses, tokens_per_pass
+from lm_eval_softverb.tuners.training import Training
 
-
-@dataclass
-class _State:
-    """Everything that a resumed run needs beside the settings."""
-
-    prompt: Tensor
-    best: Tensor
-    optimiser: torch.optim.AdamW
-    epoch: int = 0
-    cursor: int = 0
-    step: int = 0
-    best_loss: float = float("inf")
-    stale: int = 0
-    epoch_loss: float = 0.0
-    micro_batch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
-def initial_rows(backbone: Backbone, config: SoftConfig) -> Tensor:
-    """Float32 rows [n, d] to start from; depends on the seed only, not on the dtype the model is loaded in."""
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.init == "normal":
-        return torch.randn(config.tokens, backbone.hidden_size, generator=generator) * config.init_scale
-    if config.init == "text":
-        ids = backbone.tokenizer.encode(config.init_text, add_special_tokens=False)
-        if not ids:
-            raise DataError(f"init_text {config.init_text!r} has no tokens.")
-        chosen = torch.tensor([ids[i % len(ids)] for i in range(config.tokens)])
-    else:
-        known = min(len(backbone.tokenizer), backbone.vocab_size)  # a padded vocabulary has rows that mean nothing
-        chosen = torch.randint(known, (config.tokens,), generator=generator)
-    return backbone.embedding.weight[chosen.to(backbone.device)].detach().float().cpu()
-
-
-def loss_sum(backbone: Backbone, prompt: Tensor, batch: Sequence[Example]) -> Tensor:
-    """Summed cross-entropy (nats) of all target tokens of ``batch``, differentiable in ``prompt`` [n, d]."""
-    targets = torch.tensor([t for e in batch for t in e.target], device=backbone.device)
-    if backbone.is_seq2seq:
-        start = backbone.model.config.decoder_start_token_id
-        logits = backbone.seq2seq_logits(
-            backbone.embed(backbone.tensor([e.context for e in batch]), prompt),
-            backbone.tensor([[1] * len(e.context) for e in batch]),
-            backbone.tensor([(start, *e.target[:-1]) for e in batch]),
-            backbone.tensor([[1] * len(e.target) for e in batch]).bool(),
-        )
-        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    prefix = backbone.prefix(batch[0].context[: shared_length([e.context[:-1] for e in batch])], prompt)
-    skip = prefix.length if prefix else 0
-    ids = backbone.tensor([e.ids[skip:] for e in batch])
-    keep = backbone.tensor([[0] * (len(e.context) - skip - 1) + [1] * len(e.target) for e in batch]).bool()
-    logits = backbone.logits(
-        backbone.embed(ids, prompt),
-        keep,
-        cache=prefix.expand(len(batch), backbone.model.config) if prefix else None,
-    )
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+Outcome = tuple[Training, SoftPrompt | NonFiniteError]
 
 
 def train_soft_prompt(
@@ -119,196 +59,136 @@ def train_soft_prompt(
         NonFiniteError: the loss is no longer a number.
         Interrupted: SIGTERM or SIGINT arrived; a checkpoint was written first.
     """
-    out = Path(out)
-    storage.require_writable(out)
-    data = data_sha256([*rows, *(validation_rows or ())])
-    run = storage.sha256_json(
-        [
-            config.to_json(),
-            data,
-            backbone.fingerprint.to_json()["sketch"],
-            str(backbone.dtype),
-            lm_eval_softverb.__version__,
-        ]
-    )
-    folder = out / "checkpoint"
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-        (out / SIDECAR).unlink(missing_ok=True)
-    elif (out / SIDECAR).exists():
-        found = SoftPrompt.load(out)
-        if found.info.get("run") != run:
-            raise ArtifactError(
-                f"{out} already holds prompt {found.id} of another run. Choose another --out, or pass --overwrite."
-            )
+    storage.require_writable(Path(out))
+    training = Training(backbone, rows, config, Path(out), validation_rows=validation_rows, info=info)
+    if found := training.finished_before(overwrite):
+        return found
+    with tqdm(desc="soft prompt", unit="step", disable=not progress) as bar:
+
+        def stepped(_active: Sequence[Training], losses: Sequence[float]) -> None:
+            done = training.progress
+            bar.total = training.total
+            bar.update(done.step - bar.n)
+            bar.set_postfix(loss=f"{losses[0]:.3f}", best=f"{done.best_loss:.3f}", epoch=done.epoch + 1)
+            on_step(done.step)
+
+        [(_, result)] = train_together(backbone, [training], width=1, checkpoint_seconds=checkpoint_seconds, on_step=stepped)
+        if isinstance(result, NonFiniteError):
+            raise result
+        bar.total = training.progress.step
+    return result
+
+
+def train_together(
+    backbone: Backbone,
+    waiting: Iterable[Training],
+    *,
+    width: int,
+    max_tokens: int | None = None,
+    checkpoint_seconds: float = 30.0,
+    on_step: Callable[[Sequence[Training], Sequence[float]], None] = lambda _active, _losses: None,
+) -> Iterator[Outcome]:
+    """Trains prompts side by side, at most ``width`` at a time; as one finishes the next one enters.
+
+    Args:
+        waiting: taken from only as places become free, so it may read rows lazily.
+        max_tokens: padded tokens of one forward and backward pass; halved for good when memory runs out.
+        checkpoint_seconds: time between checkpoints of all prompts that are on their way.
+        on_step: called after each step with these prompts and their losses.
+
+    Yields:
+        Each training with its prompt, as soon as it is written, or with the error of one that diverged.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT arrived; checkpoints were written first.
+    """
+    source = iter(waiting)
+    active: list[Training] = []
+    size = max_tokens or tokens_per_pass(backbone)
+    saved = time.monotonic()
+    with checkpoint.stop_on_signal() as stop:
+        while True:
+            while len(active) < width and (entering := next(source, None)) is not None:
+                entering.start()
+                active.append(entering)
+            if not active:
+                return
+            failed = {}
+            if ended := [t for t in active if t.epoch_over]:  # a checkpoint may end here, too
+                found, size = _validation_losses(backbone, ended, size)
+                failed = _each(ended, found, Training.end_epoch)
+            if leaving := [t for t in active if t in failed or t.done]:
+                active = [t for t in active if t not in leaving]
+                for training in leaving:
+                    yield training, failed[training] if training in failed else training.finish()
+                continue
+            losses, size = _backward(backbone, active, size)
+            failed = _each(active, losses, Training.apply)
+            losses = [x for t, x in zip(active, losses, strict=True) if t not in failed]
+            active = [t for t in active if t not in failed]
+            yield from failed.items()
+            if time.monotonic() - saved >= checkpoint_seconds:
+                _save(active)
+                saved = time.monotonic()
+            if active:
+                on_step(active, losses)
+            if stop.number is not None:
+                _save(active)
+                raise checkpoint.Interrupted(stop.number)
+
+
+def _save(trainings: Sequence[Training]) -> None:
+    for training in trainings:
+        training.save()
+
+
+def _each(
+    trainings: Sequence[Training], values: Sequence[float], act: Callable[[Training, float], None]
+) -> dict[Training, NonFiniteError]:
+    """``act`` on each; those that diverged, so that one of them does not stop the others."""
+    failed = {}
+    for training, value in zip(trainings, values, strict=True):
+        try:
+            act(training, value)
+        except NonFiniteError as error:
+            failed[training] = error
+    return failed
+
+
+def _backward(backbone: Backbone, active: Sequence[Training], size: int) -> tuple[list[float], int]:
+    """Gradients of all prompts on their next batches, and their losses."""
+    batches = [t.batch() for t in active]
+
+    def run(size: int) -> list[float]:
+        for training in active:
+            training.prompt.grad = None  # of an attempt that ran out of memory
+        return backward(backbone, [t.prompt for t in active], batches, size)
+
+    return _fitting(run, active, batches, size)
+
+
+def _validation_losses(backbone: Backbone, ended: Sequence[Training], size: int) -> tuple[list[float], int]:
+    """Nothing is kept for a backward pass, so the passes are twice as large."""
+    batches = [t.held_out for t in ended]
+
+    def run(size: int) -> list[float]:
+        found: list[float] = mean_losses(backbone, [t.prompt for t in ended], batches, 2 * size)
         return found
 
-    training, validation = (
-        (list(rows), list(validation_rows)) if validation_rows else split_rows(rows, config.validation, config.seed)
-    )
-    examples, cut = encode_rows(backbone, training, config)
-    held_out, held_cut = encode_rows(backbone, validation, config)
-    state = _start(backbone, config, folder, run)
-    steps_per_epoch = -(-len(examples) // config.batch_size)
-    total = steps_per_epoch * config.epochs
-    saved = time.monotonic()
-
-    def save() -> None:
-        nonlocal saved
-        moments = state.optimiser.state.get(state.prompt, {})
-        tensors = {"prompt": state.prompt, "best": state.best}
-        tensors |= {k: moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
-        names = ("epoch", "cursor", "step", "best_loss", "stale", "epoch_loss", "micro_batch", "history")
-        checkpoint.save(folder, state.step, tensors, {"run": run, **{n: getattr(state, n) for n in names}})
-        saved = time.monotonic()
-
-    with (
-        checkpoint.stop_on_signal() as stop,
-        tqdm(total=total, initial=state.step, desc="soft prompt", unit="step", disable=not progress) as bar,
-    ):
-        while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
-            batches = epoch_batches(examples, config, state.epoch)
-            for indices in batches[state.cursor :]:
-                loss = _step(backbone, state, [examples[i] for i in indices], config, total)
-                state.epoch_loss += loss
-                state.cursor += 1
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", best=f"{state.best_loss:.3f}", epoch=state.epoch + 1)
-                if time.monotonic() - saved >= checkpoint_seconds:
-                    save()
-                on_step(state.step)
-                if stop.number is not None:
-                    save()
-                    raise checkpoint.Interrupted(stop.number)
-            _end_epoch(backbone, state, held_out, config, len(batches))
-        if state.step < total:
-            bar.total = state.step
-            bar.refresh()
-
-    prompt = SoftPrompt(
-        state.best.clone(),
-        frame=config.frame,
-        fingerprint=backbone.fingerprint,
-        info={
-            **(info or {}),
-            "run": run,
-            "tuner": "soft",
-            "config": config.to_json(),
-            "data_sha256": data,
-            "rows": {"training": len(examples), "validation": len(held_out), "inputs_cut": cut + held_cut},
-            "losses": state.history,
-            "best_validation_loss": state.best_loss,
-            "steps": state.step,
-            "micro_batch": state.micro_batch,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "task_type": "SEQ_2_SEQ_LM" if backbone.is_seq2seq else "CAUSAL_LM",
-            "versions": _versions(),
-        },
-        source=str(out),
-    )
-    prompt.save(out)
-    shutil.rmtree(folder, ignore_errors=True)
-    return prompt
+    return _fitting(run, ended, batches, size)
 
 
-def _start(backbone: Backbone, config: SoftConfig, folder: Path, run: str) -> _State:
-    prompt = initial_rows(backbone, config).to(backbone.device).requires_grad_()
-    optimiser = torch.optim.AdamW([prompt], lr=config.learning_rate, weight_decay=config.weight_decay)
-    state = _State(prompt, prompt.detach().cpu().clone(), optimiser, micro_batch=config.batch_size)
-    if found := checkpoint.load(folder, run):
-        tensors, values = found
-        with torch.no_grad():
-            prompt.copy_(tensors["prompt"])
-        state.best = tensors["best"]
-        for name, value in values.items():
-            if name != "run":
-                setattr(state, name, value)
-        if "exp_avg" in tensors:
-            optimiser.state[prompt] = {
-                "step": torch.tensor(float(state.step)),
-                "exp_avg": tensors["exp_avg"].to(prompt.device),
-                "exp_avg_sq": tensors["exp_avg_sq"].to(prompt.device),
-            }
-    return state
-
-
-def _rate(config: SoftConfig, step: int, total: int) -> float:
-    """Learning rate of the 0-based ``step`` of ``total``."""
-    warm = int(config.warmup * total)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - done)
-    if config.schedule == "cosine":
-        return float(config.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
-    return config.learning_rate
-
-
-def _step(backbone: Backbone, state: _State, batch: list[Example], config: SoftConfig, total: int) -> float:
-    """One optimiser step on the mean loss per target token; when memory runs out, in smaller parts of the same batch."""
-    tokens = sum(len(e.target) for e in batch)
+def _fitting(
+    run: Callable[[int], list[float]], trainings: Sequence[Training], batches: Sequence[Sequence[Example]], size: int
+) -> tuple[list[float], int]:
+    """``run`` with passes of ``size`` tokens, or of half of that as often as memory runs out; also the size that worked."""
+    rows = [len(e.ids) for batch in batches for e in batch]
     while True:
         try:
-            loss = 0.0
-            state.prompt.grad = None
-            for start in range(0, len(batch), state.micro_batch):
-                with _attention(backbone):
-                    part = loss_sum(backbone, state.prompt, batch[start : start + state.micro_batch]) / tokens
-                    part.backward()
-                loss += float(part.detach())
-            break
+            return run(size), size
         except RuntimeError as error:
-            if not is_out_of_memory(error) or state.micro_batch == 1:
+            if not is_out_of_memory(error) or size < min(rows):
                 raise
-            state.micro_batch = max(1, min(state.micro_batch, len(batch)) // 2)
-    gradient = state.prompt.grad
-    if gradient is None or not torch.isfinite(gradient).all() or loss != loss:
-        raise NonFiniteError(
-            f"Training diverged at step {state.step}: the loss is {loss} or its gradient is not finite. "
-            f"Lower the learning rate (now {config.learning_rate}) or use dtype float32."
-        )
-    if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_([state.prompt], config.max_grad_norm)
-    for group in state.optimiser.param_groups:
-        group["lr"] = _rate(config, state.step, total)
-    state.optimiser.step()
-    state.step += 1
-    return loss
-
-
-def _attention(backbone: Backbone) -> AbstractContextManager[None]:
-    """On a CPU the backward pass of fused attention in bfloat16 outweighs all matrix products; written out it does not."""
-    if backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16:
-        return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
-    return nullcontext()
-
-
-@torch.no_grad()
-def mean_loss(backbone: Backbone, prompt: Tensor, examples: Sequence[Example], batch_size: int) -> float:
-    """Mean cross-entropy per target token over ``examples``."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    total = 0.0
-    for start in range(0, len(order), batch_size):
-        batch = [examples[i] for i in order[start : start + batch_size]]
-        total += sum(halving(lambda part: [float(loss_sum(backbone, prompt, part))], batch, Counters()))
-    return total / sum(len(e.target) for e in examples)
-
-
-def _end_epoch(backbone: Backbone, state: _State, held_out: list[Example], config: SoftConfig, steps: int) -> None:
-    loss = mean_loss(backbone, state.prompt, held_out, 2 * state.micro_batch)
-    if loss != loss:
-        raise NonFiniteError(f"The validation loss is not a number after epoch {state.epoch + 1}; lower the learning rate.")
-    improved = loss < state.best_loss - config.min_delta
-    if improved:
-        state.best, state.best_loss, state.stale = state.prompt.detach().cpu().clone(), loss, 0
-    else:
-        state.stale += 1
-    state.history.append({"epoch": state.epoch + 1, "train": state.epoch_loss / steps, "validation": loss})
-    state.epoch, state.cursor, state.epoch_loss = state.epoch + 1, 0, 0.0
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers")} | {"lm_eval_softverb": lm_eval_softverb.__version__}
+        for training in trainings:
+            training.out_of_memory += 1
+        size = min(size, sum(rows)) // 2

@@ -67,7 +67,7 @@ def test_other_arguments_of_the_model_are_ignored(write):
 def test_a_bank_written_by_bank_save_is_read_without_its_tensors(tmp_path):
     prompt = SoftPrompt(torch.ones(2, 32))
     folder = banks.Bank.save(tmp_path / "bank", [(prompt, {"prompt_id": "p", "labels": ["a", "b"]})])
-    (folder / "p" / "adapter_model.safetensors").unlink()
+    (folder / banks.TENSORS).unlink()
     assert docs("labels", bank=str(folder))[0]["labels"] == ["a", "b"]
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from lm_eval_softverb import storage
+from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import ArtifactError, OutputError
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.tuners import checkpoint, soft
+from lm_eval_softverb.tuners import checkpoint, loss
 from lm_eval_softverb.tuners.config import config
 from lm_eval_softverb.tuners.soft import train_soft_prompt
 
@@ -115,20 +116,20 @@ def test_f07_a_full_disk_names_path_and_bytes_and_leaves_no_temporary_file(backb
     assert resumed.id == SoftPrompt.load(tmp_path).id
 
 
-def test_f35_out_of_memory_halves_the_micro_batch_and_is_recorded(backbone, tmp_path, monkeypatch):
+def test_f35_out_of_memory_makes_smaller_passes_of_the_same_batch_and_is_recorded(backbone, tmp_path, monkeypatch):
     clean = train_soft_prompt(backbone("llama"), ROWS, config(**SETTINGS), tmp_path / "clean", progress=False)
-    real = soft.loss_sum
+    real = loss.loss_sums
 
-    def tight(b, prompt, batch):
-        if len(batch) > 2:
+    def tight(b, prompts, parts):
+        if sum(len(rows) for _, rows in parts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
-        return real(b, prompt, batch)
+        return real(b, prompts, parts)
 
-    monkeypatch.setattr(soft, "loss_sum", tight)
+    monkeypatch.setattr(loss, "loss_sums", tight)
     small = train_soft_prompt(backbone("llama"), ROWS, config(**SETTINGS), tmp_path / "small", progress=False)
-    assert (clean.info["micro_batch"], small.info["micro_batch"]) == (4, 2)
+    assert clean.info["out_of_memory"] == 0 < small.info["out_of_memory"] < 4  # once found, the size is kept
     assert small.info["steps"] == clean.info["steps"]
     torch.testing.assert_close(small.embeddings, clean.embeddings, rtol=1e-3, atol=1e-4)
 
 
-ROWS = [soft.Row(f"Sentence: {i} and {j} Label:", ("good", "dull")[i % 2]) for i in range(4) for j in range(4)]
+ROWS = [Row(f"Sentence: {i} and {j} Label:", ("good", "dull")[i % 2]) for i in range(4) for j in range(4)]

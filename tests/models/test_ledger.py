@@ -11,6 +11,7 @@ from toys import (
     CHOICE_TASK,
     GENERATE_TASK,
     assert_same_scores,
+    exported,
     generate_until,
     logged,
     loglikelihood,
@@ -146,7 +147,7 @@ def test_a_bank_keeps_the_answers_of_its_prompts_apart(cached, ours, tmp_path):
         lm = cached("llama", bank=folder)
         assert_same_scores(loglikelihood(lm, requests, docs=docs), expected)
     assert lm.counters.from_cache == 4
-    alone = cached("llama", peft=str(Path(folder) / "p0"))  # the same prompt outside its bank
+    alone = cached("llama", peft=exported(folder, "p0"))  # the same prompt outside its bank
     assert_same_scores(loglikelihood(alone, requests[:1]), expected[:1])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from toys import (
     NO_SYSTEM,
     assert_same_scores,
     evaluate_arguments,
+    exported,
     generate_until,
     hard_rows,
     logged,
@@ -178,7 +178,7 @@ def test_a_bank_serves_each_document_its_prompt_in_one_call(ours, tmp_path, eval
     prompts = [SoftPrompt(random_rows(i, n=3 + 4 * i)) for i in range(2)]
     folder = bank_of(tmp_path / "bank", *prompts)
     results = evaluate(ours("llama", bank=folder, batch_size=4), TASKS)
-    alone = [evaluate(ours("llama", peft=str(Path(folder) / f"p{i}"), batch_size=4), TASKS) for i in range(2)]
+    alone = [evaluate(ours("llama", peft=exported(folder, f"p{i}"), batch_size=4), TASKS) for i in range(2)]
     for task in ("toy_mc", "toy_gen"):
         got, *each = (logged(r, task) for r in (results, *alone))
         assert each[0] != each[1]
@@ -198,7 +198,7 @@ def test_a_bank_is_read_by_task_where_documents_name_nothing(ours, tmp_path, eva
     folder = str(Bank.save(tmp_path / "bank", items))
     results = evaluate(ours("llama", bank=folder, prompt_field="nothing", batch_size=4), TASKS)
     for i, task in enumerate(TASKS):
-        alone = evaluate(ours("llama", peft=str(Path(folder) / f"p{i}"), batch_size=4), [task])
+        alone = evaluate(ours("llama", peft=exported(folder, f"p{i}"), batch_size=4), [task])
         for got, expected in zip(logged(results, task["task"]), logged(alone, task["task"]), strict=True):
             if task["output_type"] == "generate_until":
                 assert got == expected
@@ -216,7 +216,7 @@ def test_banks_roll_too(ours, tmp_path, texts):
     folder = bank_of(tmp_path / "bank", *(SoftPrompt(random_rows(i)) for i in range(2)))
     docs = [{"prompt_id": f"p{i % 2}"} for i in range(len(texts))]
     got = rolling(ours("llama", bank=folder, batch_size=4), texts, docs=docs)
-    each = [rolling(ours("llama", peft=str(Path(folder) / f"p{i}")), texts) for i in range(2)]
+    each = [rolling(ours("llama", peft=exported(folder, f"p{i}")), texts) for i in range(2)]
     assert got == pytest.approx([each[i % 2][i] for i in range(len(texts))], abs=1e-3)
 
 
@@ -231,7 +231,7 @@ def test_prompts_of_different_frames_do_not_share_a_chat(frames, ours, tmp_path,
     lm = ours("qwen2", bank=folder)
     docs = [{"prompt_id": f"p{i % 2}"} for i in range(len(texts))]
     got = generate_until(lm, texts, docs=docs)
-    each = [generate_until(ours("qwen2", peft=str(Path(folder) / f"p{i}")), texts) for i in range(2)]
+    each = [generate_until(ours("qwen2", peft=exported(folder, f"p{i}")), texts) for i in range(2)]
     assert got == [each[i % 2][i] for i in range(len(texts))]
     with pytest.raises(FrameError, match="different frames"):
         lm.apply_chat_template([{"role": "user", "content": "red"}])

@@ -12,10 +12,12 @@ from lm_eval_softverb.data.rows import Row, split_rows
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, NonFiniteError
 from lm_eval_softverb.frame import Frame
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.tuners import soft
+from lm_eval_softverb.tuners import loss as losses_module
 from lm_eval_softverb.tuners.config import PRESETS, SoftConfig, config
 from lm_eval_softverb.tuners.encoding import encode_rows, epoch_batches
-from lm_eval_softverb.tuners.soft import initial_rows, loss_sum, mean_loss, train_soft_prompt
+from lm_eval_softverb.tuners.loss import loss_sums, mean_losses
+from lm_eval_softverb.tuners.soft import train_soft_prompt
+from lm_eval_softverb.tuners.training import initial_rows
 
 ROWS = [
     Row(f"Sentence: {a} {b} Label:", label)
@@ -25,6 +27,14 @@ ROWS = [
 ]
 SMALL = config(tokens=4, epochs=3, batch_size=6, patience=0, learning_rate=0.05)
 FRAMES = [Frame(), Frame("after_bos"), Frame("user_start", "Please §."), Frame("user_end", "Please §.")]
+
+
+def loss_sum(backbone: Backbone, prompt: torch.Tensor, examples) -> torch.Tensor:
+    return loss_sums(backbone, [prompt], [(0, examples)])[0]
+
+
+def mean_loss(backbone: Backbone, prompt: torch.Tensor, examples, tokens: int) -> float:
+    return mean_losses(backbone, [prompt], [examples], tokens)[0]
 
 
 def plain_loss(backbone: Backbone, prompt: torch.Tensor, examples) -> torch.Tensor:
@@ -110,8 +120,8 @@ def test_training_improves_validation_and_keeps_the_best_epoch(backbone, tmp_pat
     held_out, _ = encode_rows(b, validation, SMALL)
     losses = [h["validation"] for h in prompt.info["losses"]]
     assert prompt.info["best_validation_loss"] == pytest.approx(min(losses), abs=SMALL.min_delta)
-    assert mean_loss(b, prompt.embeddings, held_out, 4) == pytest.approx(prompt.info["best_validation_loss"], abs=1e-5)
-    assert min(losses) < mean_loss(b, initial_rows(b, SMALL), held_out, 4)
+    assert mean_loss(b, prompt.embeddings, held_out, 64) == pytest.approx(prompt.info["best_validation_loss"], abs=1e-5)
+    assert min(losses) < mean_loss(b, initial_rows(b, SMALL), held_out, 64)
     assert prompt.info["rows"] == {"training": len(training), "validation": len(validation), "inputs_cut": 0}
     assert not (tmp_path / "checkpoint").exists()
 
@@ -207,7 +217,7 @@ def test_initial_rows(backbone, init):
 
 
 def test_divergence_is_an_error(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(soft, "loss_sum", lambda _b, p, _e: (p * float("nan")).sum())
+    monkeypatch.setattr(losses_module, "loss_sums", lambda _b, p, parts: (p[0] * float("nan")).sum().expand(len(parts)))
     with pytest.raises(NonFiniteError, match="Lower the learning rate"):
         train_soft_prompt(backbone("llama"), ROWS, SMALL, tmp_path, progress=False)
     assert not (tmp_path / "softprompt.json").exists()
