@@ -251,3 +251,41 @@ def evaluate_arguments(results, task):
     """The contexts of one task as the harness rendered them, in document order."""
     samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
     return [s["arguments"][0][0] for s in samples]
+
+
+# --- datasets of datasets ---------------------------------------------------------------------------------------------
+
+WORDS = ["film", "day", "story", "evening", "waiter", "colour", "sentence", "number", "person", "machine"]
+
+
+def rows_of(task: int, n: int = 14):
+    """Rows of the ``task``-th of many small tasks of different lengths and sizes."""
+    from lm_eval_softverb.data.rows import Row
+
+    text = " ".join(WORDS[: 1 + task % 4])
+    labels = (("good", "dull"), ("red", "table"), ("yes", "no"))[task % 3]
+    return [Row(f"Sentence: {WORDS[(i * 7 + task) % 10]} {text} {i} Label:", labels[i % 2]) for i in range(n + task)]
+
+
+class FakeDod:
+    """A dataset of datasets in memory; even tasks are for training and have an instruction, odd ones have labels."""
+
+    kind = "classification"
+    sha256 = "fake"
+
+    def __init__(self, n: int):
+        self.n = n
+
+    def reference(self):
+        return {"kind": self.kind, "source": "fake", "settings": {}, "sha256": self.sha256}
+
+    def names(self, split=None):
+        return [f"task{t}" for t in range(self.n) if split in (None, ("train", "test")[t % 2])]
+
+    def task(self, name):
+        from lm_eval_softverb.data.dod import DodTask
+
+        t = int(name[4:])
+        rows = rows_of(t, 20)
+        labels = tuple(dict.fromkeys(r.output for r in rows)) if t % 2 else ()
+        return DodTask(name, ("train", "test")[t % 2], tuple(rows[6:]), tuple(rows[:6]), labels, "" if labels else "Say it.")

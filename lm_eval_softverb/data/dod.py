@@ -41,6 +41,10 @@ class Dod(Protocol):
     sha256: str
     """Hash of the files it is read from and of how they are read."""
 
+    def reference(self) -> dict[str, Any]:
+        """What a bank's manifest records as ``dod``: kind, source, settings and hash, enough to open it again."""
+        ...
+
     def names(self, split: str | None = None) -> list[str]:
         """The tasks in a fixed order."""
         ...

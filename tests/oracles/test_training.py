@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toys import rows_of
 
 from lm_eval_softverb.backbone import Backbone
-from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.frame import Frame
 from lm_eval_softverb.tuners import loss as loss_module
 from lm_eval_softverb.tuners.config import config
@@ -14,15 +14,6 @@ from lm_eval_softverb.tuners.encoding import encode_rows, epoch_batches
 from lm_eval_softverb.tuners.loss import loss_sums, passes
 from lm_eval_softverb.tuners.soft import train_together
 from lm_eval_softverb.tuners.training import Training, initial_rows
-
-WORDS = ["film", "day", "story", "evening", "waiter", "colour", "sentence", "number", "person", "machine"]
-
-
-def rows_of(task: int, n: int = 14) -> list[Row]:
-    """Tasks of different lengths and sizes."""
-    text = " ".join(WORDS[: 1 + task % 4])
-    labels = (("good", "dull"), ("red", "table"), ("yes", "no"))[task % 3]
-    return [Row(f"Sentence: {WORDS[(i * 7 + task) % 10]} {text} {i} Label:", labels[i % 2]) for i in range(n + task)]
 
 
 def trainings(backbone, out, settings, tasks=range(8)):
