@@ -95,7 +95,9 @@ def word(doc: dict) -> str:
 def test_exactly_these_tasks_and_groups(manager):
     names = {f"softverb_{stem}{twin}" for stem in STEMS for twin in ("", "_mc")}
     assert len(names) == 40
-    assert set(manager.all_subtasks) == names | {"verbalize_labels", "verbalize_instructions"}
+    dods = {f"dod_{name}" for name in ("general", "general_gold")}
+    dods |= {f"dod_classification{arm}{twin}" for arm in ("", "_gold") for twin in ("", "_mc")}
+    assert set(manager.all_subtasks) == names | dods | {"verbalize_labels", "verbalize_instructions"}
     groups = ["softverb_benchmarks", "softverb_benchmarks_mc", "softverb_labels", "softverb_labels_mc"]
     assert manager.all_groups == groups
     assert manager.all_tags == []

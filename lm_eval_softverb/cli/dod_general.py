@@ -1,0 +1,123 @@
+"""``softverb dod list`` and ``softverb dod audit``: what is in a DoD, and what its test tasks may have shown in training."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lm_eval_softverb.errors import ConfigError
+
+_SOURCE = "general, general:PATH, classification:FILE.sqlite, or a path"
+
+
+def add_arguments(subparsers: Any) -> None:
+    """Adds both commands to the subparsers of ``softverb dod``."""
+    p = _command(
+        subparsers,
+        "list",
+        list_tasks,
+        "List a DoD's tasks; for the general one also those that do not pass, and why.",
+        """
+  softverb dod list general:natural-instructions --tokenizer smollm2-135m --out tasks.csv
+  softverb dod list ../shared/data/natural_instructions --out tasks.json
+
+The general DoD keeps tasks of the English default split with 500 instances of at most 400 tokens. Reading a clone takes
+minutes; the verdicts are kept in the cache folder.
+""",
+    )
+    p.add_argument("--out", type=Path, help="file for all tasks: .csv, or .json with the counts")
+    p = _command(
+        subparsers,
+        "audit",
+        audit,
+        "Look for near-duplicate tasks, rows and corpora in both splits, and benchmark labels in training label sets.",
+        """
+  softverb dod audit general:natural-instructions --out audit.json
+  softverb dod audit classification:labels.sqlite --near 0.6
+""",
+    )
+    p.add_argument("--out", type=Path, help="JSON file with all pairs and tasks behind the counts")
+    p.add_argument("--near", type=float, help="Jaccard index from which two tasks are near-duplicates (default: 0.7)")
+
+
+def _command(subparsers: Any, name: str, run: Any, about: str, examples: str) -> argparse.ArgumentParser:
+    p: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=about,
+        description=about,
+        epilog=f"examples:{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.set_defaults(run=run)
+    p.add_argument("source", help=_SOURCE)
+    p.add_argument("--tokenizer", help="general: count tokens by the tokenizer of this model (default: as the source counted)")
+    return p
+
+
+def _open(a: argparse.Namespace) -> Any:
+    from lm_eval_softverb.metrics.dod import open_with
+
+    return open_with(a.source, {"tokenizer": a.tokenizer} if a.tokenizer else {})
+
+
+def list_tasks(a: argparse.Namespace) -> int:
+    from lm_eval_softverb import storage
+    from lm_eval_softverb.data.dod_general import PAPER, GeneralDod
+
+    if a.out and a.out.suffix not in (".csv", ".json"):
+        raise ConfigError(f"--out is {a.out}, expected a .csv or .json file.")
+    if a.out:
+        storage.require_writable(a.out.parent)
+    dod = _open(a)
+    if isinstance(dod, GeneralDod):
+        tasks = [asdict(verdict) for verdict in dod.verdicts()]
+        counts = {split: dict(Counter(t["reason"] or "pass" for t in tasks if t["split"] == split)) for split in PAPER}
+        paper: dict[str, int] = PAPER
+    else:
+        tasks = [{"name": name, "split": split} for split in PAPER for name in dod.names(split)]
+        counts, paper = {split: {"pass": len(dod.names(split))} for split in PAPER}, {}
+    for split, found in counts.items():
+        passing = f"{found.get('pass', 0)} pass" + (f" (the paper has {paper[split]})" if paper else "")
+        others = [f"{n} {reason}" for reason, n in sorted(found.items()) if reason != "pass"]
+        print(f"{split}: {', '.join([passing, *others])}")
+    if a.out:
+        _write(a.out, tasks, {"kind": dod.kind, "sha256": dod.sha256, "counts": counts, "paper": paper})
+        print(f"{len(tasks)} tasks in {a.out}")
+    return 0
+
+
+def _write(path: Path, tasks: Sequence[dict[str, Any]], facts: dict[str, Any]) -> None:
+    import csv
+    import io
+
+    from lm_eval_softverb import storage
+
+    if path.suffix == ".json":
+        storage.write_json(path, {**facts, "tasks": tasks})
+        return
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(tasks[0]) if tasks else ["name", "split"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(tasks)
+    storage.write_text(path, out.getvalue())
+
+
+def audit(a: argparse.Namespace) -> int:
+    from lm_eval_softverb import storage
+    from lm_eval_softverb.data.dod_audit import NEAR, audit, summary
+
+    near = NEAR if a.near is None else a.near
+    if not 0 < near <= 1:
+        raise ConfigError(f"--near is {near}, expected a Jaccard index above 0 and up to 1.")
+    if a.out:
+        storage.require_writable(a.out.parent)
+    report = audit(_open(a), near=near)
+    print(summary(report))
+    if a.out:
+        storage.write_json(a.out, report)
+        print(f"All pairs in {a.out}")
+    return 0

@@ -1,0 +1,136 @@
+"""Paraphrase augmentation: training tasks only, condensed, different, resumable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+from fakes import Writer, draw
+
+from lm_eval_softverb.data.dod import DodTask
+from lm_eval_softverb.errors import ArtifactError, BudgetExceeded, ConfigError, DataError
+from lm_eval_softverb.generators.backends import Metered, Reply
+from lm_eval_softverb.generators.paraphrase import ParaphraseConfig, paraphrase, plan, read_paraphrases
+
+TEN = ParaphraseConfig(copies=10)
+
+
+@dataclass
+class Tasks:
+    """Four training tasks and two test tasks that must not be read."""
+
+    kind: str = "general"
+    sha256: str = "x"
+    lie: bool = False
+
+    def names(self, split=None):
+        both = {"train": [f"task{i}" for i in range(4)], "test": ["secret4", "secret5"]}
+        return both[split] if split else both["train"] + both["test"]
+
+    def task(self, name):
+        assert name.startswith("task"), "a test task was read"
+        text = f"Definition of {name}: answer yes or no to the question that you are given in the input."
+        return DodTask(name, "test" if self.lie else "train", (), (), instruction=text)
+
+
+class Rewriter(Writer):
+    def text(self, request):
+        parts = "briefly say yes no to the given question whenever asked and nothing else please".split()
+        return " ".join(draw(request.seed, parts, 8))
+
+
+@pytest.mark.parametrize("copies", [1, 10])
+def test_copies_are_paraphrases_and_differ(copies, tmp_path):
+    out, writer = tmp_path / "p.jsonl", Rewriter()
+    counts = paraphrase(Tasks(), ParaphraseConfig(copies=copies), Metered(writer), out)
+    found = read_paraphrases(out)
+    assert list(found) == Tasks().names("train")
+    for name, texts in found.items():
+        assert len(texts) == len(set(texts)) == copies
+        assert Tasks().task(name).instruction not in texts
+    assert counts["kept"] == 4 * copies and counts["missing"] == 0
+    asked = [r.messages[-1]["content"] for r in writer.asked]
+    assert all("Definition of task" in q for q in asked) and not any("secret" in q for q in asked)
+    assert all(r.max_tokens == 300 for r in writer.asked)
+    assert len({q.replace("task1", "") for q in asked}) >= min(copies, 10)
+
+
+class Stubborn(Rewriter):
+    """Repeats the definition, writes too long, gets cut, is filtered, says nothing: by turns."""
+
+    def reply(self, request):
+        definition = request.messages[-1]["content"].rpartition("\n")[2]
+        faults = [
+            Reply(definition.upper()),
+            Reply("word " * 60),
+            Reply("half a sent", finish="length"),
+            Reply(None, "content_filter"),
+            Reply("?!"),
+        ]
+        self.turn = getattr(self, "turn", -1) + 1
+        return faults[self.turn % 5]
+
+
+def test_refusals_are_counted_and_nothing_bad_is_kept(tmp_path):
+    counts = paraphrase(Tasks(), replace(TEN, attempts=1), Metered(Stubborn()), tmp_path / "p.jsonl")
+    reasons = ("twice_or_unchanged", "not_condensed", "too_many_tokens", "reply_content_filter", "no_words")
+    assert {reason: counts[reason] for reason in reasons} == dict.fromkeys(reasons, 8)
+    assert counts["kept"] == 0 and counts["missing"] == 40 == counts["asked"]
+    assert set(read_paraphrases(tmp_path / "p.jsonl").values().__iter__().__next__()) == set()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"task": "task2", "para'])
+def test_f03_a_killed_run_goes_on_and_ends_the_same(torn, tmp_path):
+    paraphrase(Tasks(), TEN, Metered(Rewriter()), tmp_path / "whole.jsonl")
+    out = tmp_path / "part.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        paraphrase(Tasks(), TEN, Metered(Rewriter(fail_at=3)), out)
+    done = len(out.read_bytes().splitlines())
+    assert 1 <= done < 4
+    with out.open("ab") as f:
+        f.write(torn)
+    writer = Rewriter()
+    counts = paraphrase(Tasks(), TEN, Metered(writer), out)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert counts["kept"] == 40
+    assert not any("task0" in r.messages[-1]["content"] for r in writer.asked)
+
+
+def test_another_run_is_refused(tmp_path):
+    out = tmp_path / "p.jsonl"
+    paraphrase(Tasks(), TEN, Metered(Rewriter()), out)
+    with pytest.raises(ArtifactError, match=r"p\.jsonl:1"):
+        paraphrase(Tasks(), replace(TEN, seed=1), Metered(Rewriter()), out)
+
+
+def test_a_dod_that_lists_test_tasks_for_training_or_has_no_definitions_is_refused(tmp_path):
+    with pytest.raises(DataError, match="split 'test'"):
+        paraphrase(Tasks(lie=True), TEN, Metered(Rewriter()), tmp_path / "p.jsonl")
+    from lm_eval_softverb.data.dod_classification import ClassificationDod
+
+    with pytest.raises(DataError, match="no definition"):
+        paraphrase(ClassificationDod.from_labelsets(), TEN, Metered(Rewriter()), tmp_path / "p.jsonl")
+
+
+def test_f23_plan_and_budget(tmp_path):
+    writer = Rewriter()
+    least, most = plan(TEN, Tasks(), writer)
+    assert writer.calls == 0 and (least.requests, most.requests) == (40, 120)
+    assert least.completion_tokens == 40 * 300
+    out, limit = tmp_path / "p.jsonl", least.prompt_tokens // 2 + 300 * 10
+    meter = Metered(writer, max_tokens=limit)
+    with pytest.raises(BudgetExceeded):
+        paraphrase(Tasks(), TEN, meter, out)
+    assert meter.usage.prompt_tokens + meter.usage.completion_tokens <= limit
+    assert 1 <= len(read_paraphrases(out)) < 4
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    out = tmp_path / "p.jsonl"
+    for lines in ([{"task": "a", "paraphrases": "b"}], [{"task": "a", "paraphrases": ["b"]}] * 2):
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError, match=rf"p\.jsonl:{len(lines)}"):
+            read_paraphrases(out)
+    with pytest.raises(ConfigError):
+        ParaphraseConfig(copies=0)
