@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class SoftverbError(Exception):
     """Base of every error a user can cause or fix. The command line prints it without a traceback."""
@@ -41,6 +44,18 @@ class ModelUnavailable(SoftverbError):
 
 class MissingExtra(SoftverbError):
     """An optional dependency is absent or too old; the message carries the pip command."""
+
+
+class BackendError(SoftverbError):
+    """A chat model cannot be used: key, quota, unknown model, or nothing but failures. ``replies``: what came before."""
+
+    def __init__(self, message: str, replies: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.replies = tuple(replies)
+
+
+class BudgetExceeded(SoftverbError):
+    """Going on might cost more than allowed; nothing of the refused step was sent."""
 
 
 def did_you_mean(name: str, options: list[str]) -> str:

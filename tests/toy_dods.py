@@ -115,3 +115,33 @@ class PlainDod:
 
     def task(self, name):
         return {t.name: t for t in self.given}[name]
+
+
+def general_bank(root: Path):
+    """Folder of a bank (manifest only) over a tiny clone, and its DoD; one test task has fewer rows than the others."""
+    from lm_eval_softverb.data.dod_general import GeneralDod
+
+    given = tasks()
+    few = given["task4_black_four"]
+    few["Definition"] = ["{{ 7*7 }}\nSay [black]."]
+    few["Instances"] = [{**i, "output": i["output"][:1]} for i in few["Instances"][:12]]
+    dod = GeneralDod.open(write_clone(root / "ni", given), **{**SMALL, "rows": 15, "heldout": 9})
+    write_bank(root / "bank", dod)
+    return root / "bank", dod
+
+
+def write_bank(folder, dod, /, **changes):
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {
+            "prompt_id": f"p-{name}",
+            "path": name,
+            "task": name,
+            "split": dod.task(name).split,
+            "dod": dod.reference(),
+            "heldout_sha256": dod.task(name).info["heldout_sha256"],
+            **changes,
+        }
+        for name in dod.names()
+    ]
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

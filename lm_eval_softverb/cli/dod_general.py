@@ -9,14 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lm_eval_softverb.cli.arguments import command
 from lm_eval_softverb.errors import ConfigError
-
-_SOURCE = "general, general:PATH, classification:FILE.sqlite, or a path"
 
 
 def add_arguments(subparsers: Any) -> None:
     """Adds both commands to the subparsers of ``softverb dod``."""
-    p = _command(
+    p = command(
         subparsers,
         "list",
         list_tasks,
@@ -29,8 +28,9 @@ The general DoD keeps tasks of the English default split with 500 instances of a
 minutes; the verdicts are kept in the cache folder.
 """,
     )
+    _source_arguments(p)
     p.add_argument("--out", type=Path, help="file for all tasks: .csv, or .json with the counts")
-    p = _command(
+    p = command(
         subparsers,
         "audit",
         audit,
@@ -40,22 +40,14 @@ minutes; the verdicts are kept in the cache folder.
   softverb dod audit classification:labels.sqlite --near 0.6
 """,
     )
+    _source_arguments(p)
     p.add_argument("--out", type=Path, help="JSON file with all pairs and tasks behind the counts")
     p.add_argument("--near", type=float, help="Jaccard index from which two tasks are near-duplicates (default: 0.7)")
 
 
-def _command(subparsers: Any, name: str, run: Any, about: str, examples: str) -> argparse.ArgumentParser:
-    p: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=about,
-        description=about,
-        epilog=f"examples:{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.set_defaults(run=run)
-    p.add_argument("source", help=_SOURCE)
+def _source_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("source", help="general, general:PATH, classification:FILE.sqlite, or a path")
     p.add_argument("--tokenizer", help="general: count tokens by the tokenizer of this model (default: as the source counted)")
-    return p
 
 
 def _open(a: argparse.Namespace) -> Any:

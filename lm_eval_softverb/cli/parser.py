@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lm_eval_softverb import __version__
-from lm_eval_softverb.cli import read, start, train
+from lm_eval_softverb.cli import dod_general, read, start, train
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,4 +16,8 @@ def parser() -> argparse.ArgumentParser:
     group = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (start, train, read):
         module.add_arguments(group)
+    about = "Datasets of datasets: list and audit their tasks."
+    dod = group.add_parser("dod", help=about, description=about).add_subparsers(required=True, metavar="COMMAND")
+    for module in (dod_general,):
+        module.add_arguments(dod)
     return root

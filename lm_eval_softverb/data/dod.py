@@ -35,11 +35,15 @@ class DodTask:
 class Dod(Protocol):
     """A DoD that is open: names at once, rows on demand."""
 
-    kind: str
-    """``general`` (instructions) or ``classification`` (label sets)."""
+    @property
+    def kind(self) -> str:
+        """``general`` (instructions) or ``classification`` (label sets)."""
+        ...
 
-    sha256: str
-    """Hash of the files it is read from and of how they are read."""
+    @property
+    def sha256(self) -> str:
+        """Hash of the files it is read from and of how they are read."""
+        ...
 
     def reference(self) -> dict[str, Any]:
         """What a bank's manifest records as ``dod``: kind, source, settings and hash, enough to open it again."""

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
 from pathlib import Path
 
 import pytest
-from toy_dods import SMALL, PlainDod, task, tasks, write_clone
+from toy_dods import PlainDod
 
-from lm_eval_softverb.cli.dod_general import add_arguments
 from lm_eval_softverb.data.benchmarks import BENCHMARKS
 from lm_eval_softverb.data.dod import DodTask
 from lm_eval_softverb.data.dod_audit import audit, summary
 from lm_eval_softverb.data.dod_general import GeneralDod
 from lm_eval_softverb.data.rows import Row
-from lm_eval_softverb.errors import ConfigError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "natural_instructions"
 
@@ -117,24 +114,6 @@ def test_pairs_equal_brute_force():
     for part in ("near_duplicates", "shared_inputs"):
         crossing = [len(set(pair["splits"])) > 1 for pair in report[part]["list"]]
         assert crossing == sorted(crossing, reverse=True) and sum(crossing) == report[part]["pairs_across_splits"]
-
-
-def test_the_command_prints_the_table_and_writes_the_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("SOFTVERB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lm_eval_softverb.metrics.dod.open_dod", lambda source, **kw: GeneralDod.open(source, **SMALL))
-    given = tasks() | {"task5_copy": task("red", "test")}
-    root = write_clone(tmp_path / "c", given)
-    parser = argparse.ArgumentParser()
-    add_arguments(parser.add_subparsers())
-    arguments = parser.parse_args(["audit", root, "--out", str(tmp_path / "audit.json"), "--near", "0.9"])
-    assert arguments.run(arguments) == 0
-    report = json.loads((tmp_path / "audit.json").read_text())
-    assert report["near_duplicates"]["list"][0]["tasks"] == ["task1_red_one", "task5_copy"]
-    assert report["corpora"]["list"].keys() == {"red_corpus"} and report["corpora"]["known_by"] == "source field"
-    assert "near-duplicate pairs" in capsys.readouterr().out
-    arguments = parser.parse_args(["audit", root, "--near", "2"])
-    with pytest.raises(ConfigError, match=r"--near is 2\.0"):
-        arguments.run(arguments)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data/natural_instructions is not on this machine")

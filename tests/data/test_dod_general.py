@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
 import random
@@ -13,11 +11,10 @@ from pathlib import Path
 import pytest
 from toy_dods import SMALL, instances, task, tasks, write_clone, write_hub, write_rebuilt
 
-from lm_eval_softverb.cli.dod_general import add_arguments
 from lm_eval_softverb.data import dod_classification
 from lm_eval_softverb.data.benchmarks import DATA_DIR
 from lm_eval_softverb.data.dod_draw import hold_out
-from lm_eval_softverb.data.dod_general import PAPER, GeneralDod
+from lm_eval_softverb.data.dod_general import GeneralDod
 from lm_eval_softverb.data.dod_open import open_dod, source_of
 from lm_eval_softverb.data.dod_sources import CloneSource, RebuiltSource
 from lm_eval_softverb.data.dod_tokens import PIECES, TokenCounter
@@ -314,30 +311,6 @@ def test_one_string_opens_either_kind(tmp_path, monkeypatch):
     assert source_of({"kind": "general", "source": "a"}) == "general:a" and source_of({"kind": "general"}) == "general"
     with pytest.raises(ConfigError, match="expected kind"):
         source_of({"kind": "other", "source": "a"})
-
-
-def run(*argv: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser.add_subparsers())
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
-
-
-def test_list_prints_counts_and_writes_every_task(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("SOFTVERB_CACHE", str(tmp_path / "cache"))
-    root = write_clone(tmp_path / "c", tasks() | {"task5_missing": {"split": "test"}})
-    assert run("list", root, "--out", str(tmp_path / "list.csv")) == 0
-    text = capsys.readouterr().out
-    assert "train: 0 pass (the paper has 539), 2 too few instances\n" in text
-    assert "test: 0 pass (the paper has 96), 1 no data, 2 too few instances\n" in text
-    rows = list(csv.DictReader((tmp_path / "list.csv").open()))
-    assert [row["name"] for row in rows] == [*tasks(), "task5_missing"] and rows[-1]["reason"] == "no data"
-    assert run("list", root, "--out", str(tmp_path / "list.json")) == 0
-    written = json.loads((tmp_path / "list.json").read_text())
-    assert written["counts"]["train"] == {"too few instances": 2} and written["paper"] == PAPER and len(written["tasks"]) == 5
-    assert len(list((tmp_path / "cache" / "dod").iterdir())) == 1
-    with pytest.raises(ConfigError, match=r"expected a \.csv or \.json"):
-        run("list", root, "--out", "x.txt")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data/natural_instructions is not on this machine")

@@ -191,7 +191,10 @@ def test_a_model_that_writes_nothing_usable_ends_the_run(tmp_path):
 
 
 class LikesShort:
-    """A judge that keeps sentences by their length."""
+    """A judge that keeps sentences by their length, and knows no word with a j."""
+
+    def knows(self, label):
+        return "j" not in label
 
     def identity(self):
         return {"judge": "length"}
@@ -201,9 +204,11 @@ class LikesShort:
 
 
 def test_the_filter_decides_and_is_counted(tmp_path):
-    counts = generate(SMALL, Metered(Writer()), tmp_path / "dod.sqlite", judge=LikesShort())
+    counts = generate(replace(SMALL, sets=12), Metered(Writer()), tmp_path / "dod.sqlite", judge=LikesShort())
     assert counts["sentence_fits_another_label"] > 0
-    assert all(len(row[2]) % 2 == 0 for row in tables(tmp_path / "dod.sqlite")["sentences"])
+    found = tables(tmp_path / "dod.sqlite")
+    assert all(len(row[2]) % 2 == 0 for row in found["sentences"])
+    assert counts["label_not_known"] > 0 and not any("j" in row[2] for row in found["keywords"])
 
 
 # --- plan and budget -------------------------------------------------------------------------------------------------

@@ -106,6 +106,11 @@ def test_what_a_label_gets_for_every_sentence_does_not_count(wide, monkeypatch):
     assert judge.keep({"x": ["a", "a", "a"], "y": ["b"]}) == {"x": [True] * 3, "y": [True]}
 
 
+def test_words_of_many_tokens_are_not_known(wide):
+    judge = LikelihoodJudge(wide("llama"))
+    assert judge.knows("good") and not judge.knows("xylophonist")
+
+
 def test_a_toy_goes_through_the_whole_machine(wide, tmp_path, monkeypatch):
     """A random model's words are refused, counted, and the run says so."""
     from lm_eval_softverb.errors import BackendError

@@ -36,7 +36,7 @@ class Tasks:
 
 class Rewriter(Writer):
     def text(self, request):
-        parts = "briefly say yes no to the given question whenever asked and nothing else please".split()
+        parts = ["briefly", "say", "yes", "or", "no", "to", "a", "question", "whenever", "asked", "and", "nothing", "else"]
         return " ".join(draw(request.seed, parts, 8))
 
 
@@ -77,7 +77,7 @@ def test_refusals_are_counted_and_nothing_bad_is_kept(tmp_path):
     reasons = ("twice_or_unchanged", "not_condensed", "too_many_tokens", "reply_content_filter", "no_words")
     assert {reason: counts[reason] for reason in reasons} == dict.fromkeys(reasons, 8)
     assert counts["kept"] == 0 and counts["missing"] == 40 == counts["asked"]
-    assert set(read_paraphrases(tmp_path / "p.jsonl").values().__iter__().__next__()) == set()
+    assert set(map(len, read_paraphrases(tmp_path / "p.jsonl").values())) == {0}
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"task": "task2", "para'])

@@ -21,10 +21,10 @@ def test_labels_are_parsed(text, labels):
 
 
 def test_labels_are_chosen_and_refusals_counted():
-    found = ["oak", "oaks", "two words", "dog", "it", "pine", "'; DROP TABLE keywords", "birch", "elm"]
+    found = ["oak", "oaks", "oakum", "two words", "dog", "it", "pine", "'; DROP TABLE keywords", "birch", "elm"]
     chosen, refused = prompts.choose_labels(found, 3, frozenset({prompts.stem("dogs")}))
     assert chosen == ["oak", "pine", "birch"]
-    assert refused == {"label_twice": 1, "label_not_one_word": 3, "label_avoided": 1}
+    assert refused == {"label_twice": 1, "label_begins_alike": 1, "label_not_one_word": 3, "label_avoided": 1}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Data written by language models: chat backends, the classification DoD, paraphrases of task definitions."""

@@ -1,0 +1,98 @@
+"""The filter: a local model must find each sentence's label among the labels of its set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.batching import Counters, batches, halving, shared_length
+from lm_eval_softverb.generators.local_chat import LocalChat
+
+QUESTION = "Which of these words fits the sentence best: {labels}?\n\nSentence: {sentence}\n\nAnswer with one word."
+
+
+class Judge(Protocol):
+    """Decides which sentences are typical of their label."""
+
+    def keep(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
+        """Label → one verdict per sentence of ``candidates``."""
+        ...
+
+    def knows(self, label: str) -> bool:
+        """Whether ``label`` is a common word."""
+        ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+
+class LikelihoodJudge:
+    """Keeps a sentence when its own label has the highest log-likelihood after a question that lists all labels.
+
+    Small models prefer some words whatever the sentence, so each label's mean over the labels' candidates is subtracted
+    first; the mean gives every label's candidates the same weight.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.counters = Counters()
+        self._chat = LocalChat(backbone)
+
+    def identity(self) -> dict[str, Any]:
+        return {"judge": "likelihood", "question": QUESTION, **self._chat.identity()}
+
+    def keep(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
+        labels = list(candidates)
+        asked = [(label, sentence) for label in labels for sentence in candidates[label]]
+        scores = self.scores(labels, [sentence for _, sentence in asked])
+        parts = [[s for s, (own, _) in zip(scores, asked, strict=True) if own == label] for label in labels]
+        means = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts if part]
+        usual = [sum(column) / len(means) for column in zip(*means, strict=True)]
+        verdicts: dict[str, list[bool]] = {label: [] for label in labels}
+        for (own, _), row in zip(asked, scores, strict=True):
+            shifted = [score - mean for score, mean in zip(row, usual, strict=True)]
+            verdicts[own].append(max(range(len(labels)), key=shifted.__getitem__) == labels.index(own))
+        return verdicts
+
+    def knows(self, label: str) -> bool:
+        """At most two tokens: what a small model makes up falls into more."""
+        return len(self.backbone.tokenizer.encode(f" {label}", add_special_tokens=False)) <= 2
+
+    def scores(self, labels: Sequence[str], sentences: Sequence[str]) -> list[list[float]]:
+        """Log-likelihood of each label after the question about each sentence, [sentences][labels]."""
+        backbone = self.backbone
+        space = "" if backbone.tokenizer.chat_template else " "
+        answers = [list(backbone.tokenizer.encode(space + label, add_special_tokens=False)) for label in labels]
+        contexts = [
+            self._chat.encode([{"role": "user", "content": QUESTION.format(labels=", ".join(labels), sentence=s)}])
+            for s in sentences
+        ]
+        if not contexts:
+            return []
+        rows = [(context, answer) for context in contexts for answer in answers]
+        backbone.check_room(max(len(c) + len(a) for c, a in rows), "Use a judge with a longer context.")
+        shared = min(shared_length(contexts), min(map(len, contexts)) - 1)
+        found: dict[int, float] = {}
+        with torch.no_grad():
+            prefix = backbone.prefix(contexts[0][:shared], backbone.stack([])) if shared > 0 else None
+            skip = prefix.length if prefix else 0
+
+            def run(part: Sequence[int]) -> list[float]:
+                pairs = [(rows[i][0][skip:], rows[i][1]) for i in part]
+                ids = backbone.tensor([[*context, *answer[:-1]] for context, answer in pairs])
+                keep = torch.zeros(ids.shape, dtype=torch.bool)
+                for row, (context, answer) in enumerate(pairs):
+                    keep[row, len(context) - 1 : len(context) - 1 + len(answer)] = True
+                cache = prefix.expand(len(part), backbone.model.config) if prefix else None
+                logits = backbone.logits(backbone.embed(ids, backbone.stack([])), keep, cache=cache)
+                split = logits.float().log_softmax(-1).split([len(answer) for _, answer in pairs])
+                return [
+                    float(x.gather(1, backbone.tensor([answer]).T).sum()) for x, (_, answer) in zip(split, pairs, strict=True)
+                ]
+
+            for batch in batches(range(len(rows)), lambda i: len(rows[i][0]) + len(rows[i][1]) - skip, None):
+                found.update(zip(batch, halving(run, batch, self.counters), strict=True))
+        n = len(labels)
+        return [[found[s * n + i] for i in range(n)] for s in range(len(sentences))]

@@ -1,0 +1,229 @@
+"""Paraphrase augmentation (section 3): 1, 10 or 100 condensed paraphrases of each training definition.
+
+``1x`` is one paraphrase instead of the definition, not the definition itself. Tasks of the test split are never asked about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_eval_softverb import storage
+from lm_eval_softverb.data.dod import Dod
+from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, OutputError
+from lm_eval_softverb.generators.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price
+from lm_eval_softverb.generators.prompts import normalised
+
+SHORT = 25
+"""Words; a definition of at most these is short already, and its paraphrase may be longer than it."""
+
+QUESTION = (
+    "Rewrite the task description below {manner}. Keep everything that decides what the answer must be, in particular the "
+    "possible answers and their format. Leave out examples and repetition. Write only the new description.\n\n"
+    "Task description:\n{definition}"
+)
+MANNERS = (
+    "in fewer words",
+    "as one sentence",
+    "as a short command",
+    "in plain everyday words",
+    "in other words, as briefly as you can",
+    "for an expert who needs no explanations",
+    "beginning with what the answer should look like",
+    "beginning with what is given",
+    "as two short sentences",
+    "as a question that the answer answers",
+)
+_EXAMPLE = (
+    "You are given a sentence from a letter. In this task, you need to find out whether the writer of the letter is asking for "
+    'something or is not asking for anything. If the writer asks for something, your answer must be "request". If the writer '
+    'does not ask for anything, your answer must be "none". For example, "Please send me the keys." would be "request".',
+    'Decide whether a sentence from a letter asks for something; answer "request" or "none".',
+)
+
+
+@dataclass(frozen=True)
+class ParaphraseConfig:
+    """Settings of the augmentation.
+
+    Attributes:
+        copies: paraphrases per definition.
+        max_tokens: of a paraphrase; one that needs more is refused, not cut.
+        attempts: requests per paraphrase that is still missing.
+    """
+
+    copies: int = 1
+    max_tokens: int = 300
+    temperature: float = 0.7
+    top_p: float = 0.95
+    attempts: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.copies, self.max_tokens, self.attempts) < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(f"Settings out of range: {asdict(self)}. Expected positive numbers, and a top_p of at most 1.")
+
+
+def plan(config: ParaphraseConfig, dod: Dod, backend: ChatBackend, price: Price = FREE) -> tuple[Plan, Plan]:
+    """What it takes if every answer is used, and if every attempt is needed; nothing is sent."""
+    requests = [_request(config, n, d, k, 0) for n, d in _definitions(dod).items() for k in range(config.copies)]
+    prompt, completion = sum(map(backend.count, requests)), config.max_tokens * len(requests)
+    of = [(t * len(requests), t * prompt, t * completion) for t in (1, config.attempts)]
+    least, most = (Plan(n, p, c, price.of(p, c)) for n, p, c in of)
+    return least, most
+
+
+def paraphrase(
+    dod: Dod,
+    config: ParaphraseConfig,
+    meter: Metered,
+    out: Path,
+    *,
+    progress: Callable[[int, int, dict[str, int]], None] | None = None,
+) -> dict[str, int]:
+    """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``source_sha256``, ``run``.
+
+    Each line is written at once and synced; a run that was killed goes on behind the last whole line.
+
+    Returns:
+        Counts over the whole file: kept, missing, and refused by reason.
+
+    Raises:
+        ArtifactError: ``out`` holds paraphrases of another run.
+        BackendError, BudgetExceeded: as the meter says; what is written stays.
+    """
+    storage.require_writable(out.parent)
+    definitions = _definitions(dod)
+    run = storage.sha256_json([asdict(config), meter.backend.identity(), QUESTION, MANNERS, _EXAMPLE])[:16]
+    done = _resume(out, run, {name: _sha(text) for name, text in definitions.items()})
+    counts: Counter[str] = Counter()
+    for line in done.values():
+        counts.update(line["counts"])
+    for number, (name, definition) in enumerate(definitions.items(), start=1):
+        if name not in done:
+            found, own = _one(config, meter, name, definition)
+            line = {"task": name, "paraphrases": found, "counts": own, "source_sha256": _sha(definition), "run": run}
+            _append(out, line | {"model": meter.backend.name})
+            counts.update(own)
+        if progress:
+            progress(number, len(definitions), dict(counts))
+    return dict(counts)
+
+
+def read_paraphrases(path: Path) -> dict[str, list[str]]:
+    """Task → its paraphrases, from a file of :func:`paraphrase`.
+
+    Raises:
+        DataError: naming ``file:line``.
+    """
+    found: dict[str, list[str]] = {}
+    for number, line in storage.read_jsonl(path):
+        name, texts = line.get("task"), line.get("paraphrases")
+        if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
+            raise DataError(f"{path}:{number}: expected task (text) and paraphrases (list of texts), got {sorted(line)}.")
+        if name in found:
+            raise DataError(f"{path}:{number}: task {name!r} was there before; each has one line.")
+        found[name] = texts
+    return found
+
+
+def _definitions(dod: Dod) -> dict[str, str]:
+    """Training task → definition."""
+    found = {}
+    for name in dod.names("train"):
+        task = dod.task(name)
+        if task.split != "train":  # a DoD that contradicts itself must not leak test tasks
+            raise DataError(f"Task {name!r} is listed for training but belongs to split {task.split!r}.")
+        if not task.instruction.strip():
+            raise DataError(f"Task {name!r} has no definition to paraphrase; a classification DoD has labels instead.")
+        found[name] = task.instruction
+    return found
+
+
+def _one(config: ParaphraseConfig, meter: Metered, name: str, definition: str) -> tuple[list[str], dict[str, int]]:
+    found: list[str] = []
+    seen = {normalised(definition)}
+    counts: Counter[str] = Counter()
+    for attempt in range(config.attempts):
+        missing = config.copies - len(found)
+        if not missing:
+            break
+        counts["asked"] += missing
+        requests = [_request(config, name, definition, len(found) + k, attempt) for k in range(missing)]
+        for reply in meter.complete(requests):
+            text = " ".join((reply.text or "").split())
+            reason = ""
+            if reply.text is None:
+                reason = f"reply_{reply.refusal}"
+            elif reply.finish == "length":
+                reason = "too_many_tokens"
+            elif not normalised(text):
+                reason = "no_words"
+            elif normalised(text) in seen:
+                reason = "twice_or_unchanged"
+            elif len(text.split()) > max(SHORT, len(definition.split())):
+                reason = "not_condensed"
+            if reason:
+                counts[reason] += 1
+            else:
+                seen.add(normalised(text))
+                found.append(text)
+    counts["kept"] += len(found)
+    counts["missing"] += config.copies - len(found)
+    return found, dict(counts)
+
+
+def _request(config: ParaphraseConfig, name: str, definition: str, copy: int, attempt: int) -> ChatRequest:
+    seed = int(storage.sha256_json([config.seed, name, copy, attempt])[:15], 16)
+    manner = MANNERS[(copy + attempt) % len(MANNERS)]
+    return ChatRequest.of(
+        QUESTION.format(manner=MANNERS[0], definition=_EXAMPLE[0]),
+        _EXAMPLE[1],
+        QUESTION.format(manner=manner, definition=definition),
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=seed,
+    )
+
+
+def _sha(definition: str) -> str:
+    return storage.sha256_bytes(definition.encode())
+
+
+def _resume(out: Path, run: str, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Whole lines of ``out`` by task; what a kill left behind the last of them is cut off."""
+    if not out.exists():
+        return {}
+    raw = out.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        storage.write_bytes(out, raw[:whole])
+    done = {}
+    for number, line in storage.read_jsonl(out):
+        name = str(line.get("task"))
+        if line.get("run") != run or sources.get(name) != line.get("source_sha256"):
+            raise ArtifactError(
+                f"{out}:{number} holds paraphrases of another run (other definitions, settings, prompts or model). Choose "
+                "another --out."
+            )
+        done[name] = line
+    return done
+
+
+def _append(out: Path, line: Mapping[str, Any]) -> None:
+    try:
+        with out.open("ab") as f:
+            f.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"Could not write to {out}: {error.strerror or error}. Lines written before are kept; free some space and run "
+            "the same command again."
+        ) from error
