@@ -68,7 +68,9 @@ Run the same command again after an interruption: finished prompts are kept, the
 Whoever finishes the last prompt writes the bank; until then prompts lie in <out>.work.
 """,
     )
-    p.add_argument("--dod", required=True, help="general, general:PATH, classification:FILE.sqlite, labelsets, or a path")
+    p.add_argument(
+        "--dod", required=True, help="general, general:PATH, classification (the shipped sets), classification:FILE, or a path"
+    )
     p.add_argument("--out", type=Path, required=True, help="folder of the bank")
     p.add_argument("--tasks", help="only these, separated by commas")
     p.add_argument("--exclude", help="all but these, separated by commas")
@@ -198,10 +200,10 @@ def bank(a: argparse.Namespace) -> int:
 
 
 def _open(a: argparse.Namespace) -> Any:
-    from lm_eval_softverb.data.dod_open import open_dod
+    from lm_eval_softverb.metrics.dod import open_with
 
     caps = {"max_rows": a.most_rows, "max_tokens": a.most_row_tokens}
-    return open_dod(a.dod, **{name: value for name, value in caps.items() if value is not None})
+    return open_with(a.dod, {name: value for name, value in caps.items() if value is not None})
 
 
 def _tasks(a: argparse.Namespace, dod: Any) -> list[str]:

@@ -22,16 +22,17 @@ def parse(source: str) -> tuple[str, str]:
     kind, colon, path = source.partition(":")
     if kind not in KINDS or not (colon or kind == source):
         kind, path = "classification" if _is_database(source) else "general", source
-    if not source or (kind == "classification" and not path):
+    if not source:
         raise ConfigError(
-            f"The DoD is {source!r}; expected general, general:PATH, classification:FILE.sqlite, or a path. "
-            "general alone is the folder natural_instructions in SOFTVERB_DATA_DIR, else the hub dataset."
+            f"The DoD is {source!r}; expected general, general:PATH, classification, classification:FILE.sqlite, or a path. "
+            "general alone is the folder natural_instructions in SOFTVERB_DATA_DIR, else the hub dataset; classification alone "
+            "is the shipped label sets."
         )
     return kind, path
 
 
 def open_dod(source: str, **settings: Any) -> Dod:
-    """Opens ``general``, ``general:PATH``, ``classification:FILE.sqlite``, or a bare path.
+    """Opens ``general``, ``general:PATH``, ``classification`` (the shipped label sets), ``classification:FILE``, or a path.
 
     A bare path to a SQLite file (also compressed: ``….sqlite.gz``) is a classification DoD, any other a general one.
 
@@ -55,7 +56,7 @@ def open_dod(source: str, **settings: Any) -> Dod:
         reading = Reading(**settings)
     except TypeError as error:
         raise ConfigError(f"The classification DoD has no such setting: {error}.") from error
-    return ClassificationDod.open(path, reading)
+    return ClassificationDod.open(path, reading) if path else ClassificationDod.from_labelsets(reading)
 
 
 def source_of(reference: Mapping[str, Any]) -> str:

@@ -1,16 +1,21 @@
 """Soft prompts with known ground truth as documents of the tasks ``verbalize_labels`` and ``verbalize_instructions``.
 
 A line of a bank's ``manifest.jsonl`` may carry ``labels`` (a list of strings), ``instruction`` (a string), ``task`` and
-``split``. Only the manifest is read here, no tensor.
+``split``. Only the manifest is read here, no tensor. A line that has ``truth_sha256`` in place of the ground truth, because the
+text is someone else's, names its ``dod``: the text is read from there, and must have that hash.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lm_eval_softverb.data.dod import Dod
+from lm_eval_softverb.data.dod_open import open_dod, source_of
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, did_you_mean
-from lm_eval_softverb.storage import read_jsonl
+from lm_eval_softverb.storage import read_jsonl, sha256_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,13 +26,31 @@ FIELDS: dict[Target, str] = {"labels": "labels", "instructions": "instruction"}
 """Target → the manifest's field with the ground truth."""
 
 
-def load(target: Target, bank: object = None, peft: object = None, split: object = None, **_: Any) -> dict[str, Dataset]:
+Open = Callable[[str, Mapping[str, Any]], Dod]
+
+
+def open_plain(source: str, settings: Mapping[str, Any]) -> Dod:
+    """:func:`~lm_eval_softverb.data.dod_open.open_dod` without a tokenizer, which does not decide what a task is."""
+    return open_dod(source, **{key: value for key, value in settings.items() if key not in ("cache", "tokenizer")})
+
+
+def load(
+    target: Target,
+    bank: object = None,
+    peft: object = None,
+    split: object = None,
+    dod: object = None,
+    open_: Open = open_plain,
+    **_: Any,
+) -> dict[str, Dataset]:
     """Prompts whose ground truth is known; tasks call it through ``custom_dataset``, which passes the model's arguments.
 
     Args:
         target: what the texts should say.
         bank: folder of the bank.
         peft: one soft prompt, which has no ground truth; only for the error.
+        dod: where the DoD of the bank is on this machine, if its manifest names another place.
+        open_: opens a DoD.
         split: the entries to take; by default ``test`` where there is such an entry, else all.
 
     Returns:
@@ -53,7 +76,7 @@ def load(target: Target, bank: object = None, peft: object = None, split: object
         raise ArtifactError(
             f"{manifest.parent} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete)."
         )
-    docs, splits = _read(manifest, target)
+    docs, splits = _read(manifest, target, _Truth(str(dod) if dod else None, open_))
     wanted = str(split) if split is not None else "test" if "test" in splits else None
     chosen = [doc for doc, own in zip(docs, splits, strict=True) if wanted in (None, own)]
     if not chosen:
@@ -74,7 +97,34 @@ def load(target: Target, bank: object = None, peft: object = None, split: object
     return {"test": Dataset.from_list(chosen, features=Features(columns))}
 
 
-def _read(manifest: Path, target: Target) -> tuple[list[dict[str, Any]], list[str | None]]:
+class _Truth:
+    """Ground truth of manifest lines, read from their DoD where they hold only its hash."""
+
+    def __init__(self, override: str | None, open_: Open) -> None:
+        self._override, self._open = override, open_
+        self._opened: dict[str, Dod] = {}
+
+    def of(self, entry: Mapping[str, Any], field: str, where: str) -> Any:
+        wanted, reference = entry.get("truth_sha256"), entry.get("dod")
+        if field in entry or wanted is None or not isinstance(reference, dict):
+            return entry.get(field)
+        try:
+            source, settings = self._override or source_of(reference), reference.get("settings") or {}
+            key = json.dumps([source, settings], sort_keys=True)
+            if key not in self._opened:
+                self._opened[key] = self._open(source, settings)
+            task = self._opened[key].task(_text(entry.get("task"), f"{where}: 'task'"))
+        except ConfigError as error:
+            raise DataError(f"{where}: {error} Pass dod=… for another place of the data.") from error
+        truth = {"labels": list(task.labels), "instruction": task.instruction}
+        if sha256_json(truth) != wanted:
+            raise DataError(
+                f"{where}: the ground truth of {task.name!r} in {source} is another text than when the bank was made."
+            )
+        return truth[field] or None
+
+
+def _read(manifest: Path, target: Target, truth: _Truth) -> tuple[list[dict[str, Any]], list[str | None]]:
     """Documents of the entries that have the target, and their splits."""
     docs: list[dict[str, Any]] = []
     splits: list[str | None] = []
@@ -86,7 +136,7 @@ def _read(manifest: Path, target: Target) -> tuple[list[dict[str, Any]], list[st
         if name in names:
             raise DataError(f"{where}: a second prompt is named {name!r}; names must be unique.")
         names.add(name)
-        gold = entry.get(field)
+        gold = truth.of(entry, field, where)
         if gold is None:
             continue
         if target == "labels" and (not isinstance(gold, list) or not gold):

@@ -80,10 +80,14 @@ class ChatBackend(Protocol):
         """What decides its answers besides the requests; JSON, and without any secret."""
         ...
 
+    def events(self) -> dict[str, int]:
+        """What happened on the way so far, e.g. how often a batch was halved because memory ran out."""
+        ...
+
 
 @dataclass
 class Usage:
-    """Requests sent, tokens, US dollars; what was refused and what was tried again, by reason."""
+    """Requests and attempts (retries included), tokens, US dollars, refusals by reason, events of the backend."""
 
     requests: int = 0
     attempts: int = 0
@@ -91,6 +95,7 @@ class Usage:
     completion_tokens: int = 0
     dollars: float = 0.0
     refused: dict[str, int] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,12 +171,15 @@ class Metered:
             BudgetExceeded: the requests might cost more than is left; none of them was sent.
         """
         self._check(requests)
+        before = self.backend.events()
         try:
             replies = self.backend.complete(requests)
         except BackendError as error:
             self._add(error.replies)
             raise
         self._add(replies)
+        for name, count in self.backend.events().items():
+            self.usage.events[name] = self.usage.events.get(name, 0) + count - before.get(name, 0)
         return replies
 
     def _add(self, replies: Sequence[Reply]) -> None:

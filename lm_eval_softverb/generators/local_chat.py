@@ -44,6 +44,9 @@ class LocalChat:
         weights = [sorted(fingerprint.sketch.items()), fingerprint.tokenizer_sha256]
         return {"backend": "local", "model": self.name, "weights": weights, "dtype": str(self.backbone.dtype)}
 
+    def events(self) -> dict[str, int]:
+        return {"out_of_memory": self.counters.out_of_memory, "system_folded": self.counters.system_folded}
+
     def count(self, request: ChatRequest) -> int:
         return len(self.encode(request.messages))
 

@@ -81,6 +81,9 @@ class OpenAIChat:
     def identity(self) -> dict[str, Any]:
         return {"backend": "openai", "model": self.name, "base_url": self.base_url}
 
+    def events(self) -> dict[str, int]:
+        return {}
+
     def count(self, request: ChatRequest) -> int:
         """A generous estimate: three bytes a token, eight tokens a message."""
         return sum(len(m["content"].encode()) // 3 + 8 for m in request.messages)

@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
+from toys import FakeDod
 
 from lm_eval_softverb import bank as banks
 from lm_eval_softverb.data import verbalization
 from lm_eval_softverb.data.verbalization import MANIFEST, load
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
 from lm_eval_softverb.prompt import SoftPrompt
+from lm_eval_softverb.storage import sha256_json
 
 ROWS = [
     {"prompt_id": "p0", "path": "p0", "labels": ["red", "dark blue"], "task": "colours", "split": "train"},
@@ -126,3 +128,43 @@ def test_an_instruction_that_cannot_be_used_is_named(write, instruction):
 
 def test_targets_and_fields_go_together():
     assert set(verbalization.FIELDS) == {"labels", "instructions"}
+
+
+# --- ground truth that is only named -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(write):
+    """Two lines without texts, of a DoD whose even tasks have an instruction and whose odd ones have labels."""
+    dod = FakeDod(3)
+
+    def line(name, **changes):
+        task = dod.task(name)
+        truth = {"labels": list(task.labels), "instruction": task.instruction}
+        entry = {"prompt_id": name, "task": name, "truth_sha256": sha256_json(truth), "dod": {"kind": "general", "source": "x"}}
+        return entry | changes
+
+    opened = []
+
+    def open_(source, settings):
+        opened.append(source)
+        return dod
+
+    return line, open_, opened
+
+
+def test_texts_are_read_from_the_dod(write, named):
+    line, open_, opened = named
+    bank = write([line("task0"), line("task1"), line("task2")])
+    assert [d["target"] for d in load("instructions", bank=bank, open_=open_)["test"]] == ["Say it.", "Say it."]
+    assert [d["labels"] for d in load("labels", bank=bank, open_=open_, dod="general:here")["test"]] == [["red", "table"]]
+    assert opened == ["general:x", "general:here"]  # once per load
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"truth_sha256": "0" * 64}, "another text"), ({"dod": {"kind": "poems"}}, "dod=")]
+)
+def test_a_text_that_is_not_the_one_meant_is_refused(write, named, changes, says):
+    line, open_, _ = named
+    with pytest.raises(DataError, match=rf"manifest.jsonl:1: .*{says}"):
+        load("instructions", bank=write([line("task0", **changes)]), open_=open_)

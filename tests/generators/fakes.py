@@ -90,6 +90,9 @@ class Writer:
     def identity(self):
         return {"backend": "fake", "model": self.name}
 
+    def events(self):
+        return {"calls": self.calls}
+
     def count(self, request):
         return sum(len(m["content"].split()) for m in request.messages)
 

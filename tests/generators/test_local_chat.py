@@ -78,6 +78,23 @@ def test_what_cannot_answer_is_refused(wide, backbone):
         LocalChat(backbone("t5"))
 
 
+def test_f35_memory_that_runs_out_halves_the_batch_and_is_counted(wide, monkeypatch):
+    from lm_eval_softverb.generators.backends import Metered
+
+    chat, answer = LocalChat(wide("llama")), LocalChat._answer
+
+    def scarce(self, contexts, *rest):
+        if len(contexts) > 1:
+            raise RuntimeError("CUDA out of memory")
+        return answer(self, contexts, *rest)
+
+    whole = chat.complete(requests())
+    monkeypatch.setattr(LocalChat, "_answer", scarce)
+    meter = Metered(chat)
+    assert meter.complete(requests()) == whole
+    assert meter.usage.events["out_of_memory"] == 3
+
+
 # --- the filter ------------------------------------------------------------------------------------------------------
 
 
