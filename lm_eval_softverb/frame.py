@@ -172,3 +172,16 @@ def splice(
 def virtual_ids(first_row: int, n: int) -> list[int]:
     """Ids of ``n`` rows starting at ``first_row`` of the prompt matrix."""
     return [-1 - r for r in range(first_row, first_row + n)]
+
+
+def cut_left(ids: Sequence[int], excess: int, bos: int | None) -> list[int] | None:
+    """``ids`` without the first ``excess`` tokens of their text; None if no text would be left.
+
+    Virtual tokens stay, and so does a BOS in front where there are any: the prompt was trained beside it.
+    """
+    prompted = any(t < 0 for t in ids)
+    cuttable = [i for i, t in enumerate(ids) if t >= 0 and not (prompted and i == 0 and t == bos)]
+    if len(cuttable) <= excess:
+        return None
+    gone = set(cuttable[:excess])
+    return [t for i, t in enumerate(ids) if i not in gone]

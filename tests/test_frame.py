@@ -9,7 +9,7 @@ from toys import BOS, CHATML, NO_SYSTEM, make_tokenizer
 
 from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.errors import ArtifactError, FrameError
-from lm_eval_softverb.frame import PLACEMENTS, SLOT, Frame, escape, mark_slots, splice, unescape, virtual_ids
+from lm_eval_softverb.frame import PLACEMENTS, SLOT, Frame, cut_left, escape, mark_slots, splice, unescape, virtual_ids
 
 V = virtual_ids(0, 3)
 SLOT_CHARACTER = "\ue5f7"
@@ -259,3 +259,22 @@ def make_chat_tokenizer(template):
     if template not in _CHAT_TOKENIZERS:
         _CHAT_TOKENIZERS[template] = make_tokenizer(template=template)
     return _CHAT_TOKENIZERS[template]
+
+
+# --- cutting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "excess", "expected"),
+    [
+        ([-1, -2, 5, 6, 7], 2, [-1, -2, 7]),
+        ([1, -1, 5, 6], 1, [1, -1, 6]),  # the BOS beside the prompt stays
+        ([1, 5, 6], 1, [5, 6]),  # without a prompt it goes first
+        ([5, 6, -1, 7, 8], 3, [-1, 8]),
+        ([-1, 5, 6], 2, None),
+        ([1, -1, 5], 1, None),
+        ([5, 1, 6], 1, [1, 6]),  # only one in front is the BOS
+    ],
+)
+def test_cutting_from_the_left_keeps_the_prompt(ids, excess, expected):
+    assert cut_left(ids, excess, 1) == expected

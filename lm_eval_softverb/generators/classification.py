@@ -181,7 +181,7 @@ class _Run:
             self.counts["sentence_requests"] += len(asked)
             fresh: dict[str, list[str]] = {label: [] for label in labels}
             for (label, _), (text, cut) in zip(asked, self._ask([r for _, r in asked]), strict=True):
-                fresh[label] += self._usable(text, cut, label, labels, seen)
+                fresh[label] += self._usable(text, cut, label, labels, seen, [*found[label], *fresh[label]])
             if self.judge and any(fresh.values()):
                 verdicts = self.judge.keep({label: sentences for label, sentences in fresh.items() if sentences})
                 for label, verdict in verdicts.items():
@@ -198,8 +198,11 @@ class _Run:
             return {}
         return found
 
-    def _usable(self, text: str, cut: bool, label: str, labels: Sequence[str], seen: set[str]) -> list[str]:
-        usable = []
+    def _usable(
+        self, text: str, cut: bool, label: str, labels: Sequence[str], seen: set[str], before: Sequence[str]
+    ) -> list[str]:
+        """Sentences of one answer; ``before`` are those that the label has already."""
+        usable: list[str] = []
         sentences, lost = prompts.split_sentences(text, cut)
         self.counts["sentence_cut_off"] += lost
         for written in sentences:
@@ -210,6 +213,8 @@ class _Run:
             digest = _digest(sentence)
             if not fault and (digest in seen or digest in self._sentences):
                 fault = "sentence_twice"
+            elif not fault and any(prompts.nearly_same(sentence, other) for other in [*before, *usable]):
+                fault = "sentence_nearly_twice"
             if fault:
                 self.counts[fault] += 1
             else:

@@ -142,6 +142,9 @@ def sentence_fault(sentence: str, label: str, labels: Sequence[str], words: tupl
         return "sentence_length"
     if not sentence.isascii() or not sentence.isprintable() or _META.search(sentence) or sentence.count('"') % 2:
         return "sentence_not_plain"
+    said = normalised(sentence).split()
+    if len(set(said)) < 0.7 * len(said):
+        return "sentence_repeats_itself"
     if mentions(sentence, label):
         return "sentence_names_label"
     if any(mentions(sentence, other) for other in labels if other != label):
@@ -182,6 +185,12 @@ def mentions(sentence: str, label: str) -> bool:
     root, label = stem(label), label.lower()
     words = re.findall(r"[a-z]+", sentence.lower())
     return any(stem(w) == root or (len(label) > 3 and w.startswith(label)) for w in words)
+
+
+def nearly_same(a: str, b: str) -> bool:
+    """Whether two sentences share more than two thirds of their words."""
+    first, second = set(normalised(a).split()), set(normalised(b).split())
+    return 3 * len(first & second) > 2 * len(first | second)
 
 
 def normalised(sentence: str) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lm_eval_softverb.batching import Counters
 from lm_eval_softverb.errors import DataError
-from lm_eval_softverb.frame import Frame, virtual_ids
+from lm_eval_softverb.frame import Frame, cut_left, virtual_ids
 from lm_eval_softverb.models.scoring import Ids
 from lm_eval_softverb.prompt import SoftPrompt
 
@@ -101,14 +101,11 @@ class Slots:
         excess = len(context) - room
         if excess <= 0:
             return context
-        prompted = any(t < 0 for t in context)  # without a prompt the BOS goes too, as in HFLM
-        kept = {0} if prompted and context[0] == self.lm.bos_token_id else set()
-        cuttable = [i for i, t in enumerate(context) if t >= 0 and i not in kept]
-        if len(cuttable) <= excess:
+        cut = cut_left(context, excess, self.lm.bos_token_id)
+        if cut is None:
             raise DataError(
                 f"A request needs more room than the model's context of {self.lm.window} tokens leaves: {len(context)} "
                 f"context tokens, {room} fit. Shorten the continuation or max_gen_toks, or use a longer context."
             )
         self.counters.truncated += 1
-        gone = set(cuttable[:excess])
-        return tuple(t for i, t in enumerate(context) if i not in gone)
+        return tuple(cut)

@@ -10,7 +10,7 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import DataError
-from lm_eval_softverb.frame import virtual_ids
+from lm_eval_softverb.frame import cut_left, virtual_ids
 from lm_eval_softverb.tuners.config import SoftConfig
 
 
@@ -63,14 +63,13 @@ def encode_rows(backbone: Backbone, rows: Sequence[Row], config: SoftConfig) -> 
             target.append(tokenizer.eos_token_id)
         excess = len(context) + len(target) - config.max_length
         if excess > 0:
-            cuttable = [i for i, t in enumerate(context) if t >= 0 and not (i == 0 and t == bos)]
-            if len(cuttable) <= excess:
+            fitted = cut_left(context, excess, bos)
+            if fitted is None:
                 raise DataError(
                     f"A target of {len(target)} tokens and {config.tokens} virtual tokens do not fit max_length "
                     f"{config.max_length}: {row.output[:80]!r}. Raise max_length or drop the row."
                 )
-            gone = set(cuttable[:excess])
-            context, cut = [t for i, t in enumerate(context) if i not in gone], cut + 1
+            context, cut = fitted, cut + 1
         if not target or not context:
             raise DataError(f"A row has {len(context)} input and {len(target)} target tokens: {row.input[:80]!r}.")
         examples.append(Example(tuple(context), tuple(target)))

@@ -190,6 +190,12 @@ def test_a_model_that_writes_nothing_usable_ends_the_run(tmp_path):
         ClassificationDod.open(tmp_path / "dod.sqlite")
 
 
+def test_sentences_of_a_label_that_differ_in_a_word_or_two_are_refused():
+    same = "My north cousin carried it near the east harbor at noon."
+    assert prompts.nearly_same(same, same.replace("noon", "night"))
+    assert not prompts.nearly_same(same, "My south aunt sold it near the west harbor last summer.")
+
+
 class LikesShort:
     """A judge that keeps sentences by their length, and knows no word with a j."""
 

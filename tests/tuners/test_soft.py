@@ -14,7 +14,7 @@ from lm_eval_softverb.frame import Frame
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.tuners import loss as losses_module
 from lm_eval_softverb.tuners.config import PRESETS, SoftConfig, config
-from lm_eval_softverb.tuners.encoding import encode_rows, epoch_batches
+from lm_eval_softverb.tuners.encoding import encode_rows
 from lm_eval_softverb.tuners.loss import loss_sums, mean_losses
 from lm_eval_softverb.tuners.soft import train_soft_prompt
 from lm_eval_softverb.tuners.training import initial_rows
@@ -73,44 +73,6 @@ def test_only_target_positions_reach_the_head(tiny):
     loss_sum(backbone, initial_rows(backbone, SMALL), examples)
     hook.remove()
     assert seen == [0, sum(len(e.target) for e in examples)]  # the prefix reads nothing
-
-
-def test_same_steps_as_peft(tiny):
-    """The trajectory of PEFT's PROMPT_TUNING under a plain loop with the same rows, order, start and optimiser."""
-    from peft import PromptTuningConfig, TaskType, get_peft_model
-
-    settings = config("paper", tokens=4, epochs=1, batch_size=6, learning_rate=0.05, patience=0)
-    backbone = Backbone.load(tiny("llama"), dtype="float32", device="cpu")
-    examples, _ = encode_rows(backbone, ROWS, settings)
-    start = initial_rows(backbone, settings)
-
-    peer = get_peft_model(
-        Backbone.load(tiny("llama"), dtype="float32", device="cpu").model,
-        PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4),
-    )
-    weight = next(p for p in peer.parameters() if p.requires_grad)
-    weight.data.copy_(start)
-    optimiser = torch.optim.AdamW([weight], lr=0.05, weight_decay=settings.weight_decay)
-    mine = start.clone().requires_grad_()
-    own = torch.optim.AdamW([mine], lr=0.05, weight_decay=settings.weight_decay)
-    for indices in epoch_batches(examples, settings, 0):
-        batch = [examples[i] for i in indices]
-        tokens = sum(len(e.target) for e in batch)
-        own.zero_grad()
-        (loss_sum(backbone, mine, batch) / tokens).backward()
-        own.step()
-        optimiser.zero_grad()
-        texts = [[t for t in (*e.context, *e.target) if t >= 0] for e in batch]
-        width = max(map(len, texts))
-        ids = torch.tensor([t + [0] * (width - len(t)) for t in texts])
-        labels = torch.full_like(ids, -100)
-        for r, e in enumerate(batch):
-            n = len(e.context) - 4
-            labels[r, n : n + len(e.target)] = torch.tensor(e.target)
-        peer(input_ids=ids, labels=labels).loss.backward()
-        optimiser.step()
-        torch.testing.assert_close(mine.detach(), weight.detach(), rtol=1e-3, atol=1e-4)
-    assert (mine.detach() - start).abs().max() > 0.05
 
 
 def test_training_improves_validation_and_keeps_the_best_epoch(backbone, tmp_path):
