@@ -20,7 +20,7 @@ NAME = "lm_eval_softverb"
 FLOORS = [
     {"errors"},
     {"storage", "plugin"},
-    {"frame"},
+    {"frame", "checkpoint"},
     {"prompt"},
     {"bank", "chat", "pretrained", "data"},
     {"backbone"},
@@ -34,7 +34,7 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 SEES_LM_EVAL = {"plugin", "models", "metrics", "compare", "cli", "__main__"}
-WITHOUT_TORCH = {"__init__", "__main__", "autoload", "plugin", "errors", "storage", "prompt", "frame", "bank", "chat", "cli"}
+WITHOUT_TORCH = {"__init__", "__main__", "autoload", "plugin", "errors", "storage", "prompt", "frame", "bank", "chat", "checkpoint", "cli"}
 INSIDE_FUNCTIONS = {"sae_lens", "vllm", "ray", "sentence_transformers", "matplotlib", "openai", "pandas"}
 
 

@@ -6,9 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lm_eval_softverb.checkpoint import Interrupted
 from lm_eval_softverb.cli.parser import parser
 from lm_eval_softverb.errors import ConfigError, FrameError, MissingExtra, SoftverbError
-from lm_eval_softverb.tuners.checkpoint import Interrupted
 
 OLDEST_LM_EVAL = (0, 4, 13)
 

@@ -64,6 +64,7 @@ Run the same command again after an interruption: finished label sets are kept, 
         metavar="MODEL",
         help="keep sentences whose own label a local model finds likeliest; without MODEL the model that writes",
     )
+    p.add_argument("--filter-margin", type=float, default=0.0, help="nats by which it must be ahead (default: %(default)s)")
     p.add_argument("--seed", type=int, help="of words and samples (default: 0)")
     _backend_arguments(p)
 
@@ -187,12 +188,12 @@ def _judge(a: argparse.Namespace, backend: ChatBackend) -> Judge | None:
     from lm_eval_softverb.generators.local_chat import LocalChat
 
     if a.filter != SAME:
-        return LikelihoodJudge(_local(a, a.filter).backbone)
+        return LikelihoodJudge(_local(a, a.filter).backbone, a.filter_margin)
     if not isinstance(backend, LocalChat):
         raise ConfigError(
             f"--filter reads likelihoods, which an endpoint does not give; name a local one: --filter {DEFAULT_MODEL}."
         )
-    return LikelihoodJudge(backend.backbone)
+    return LikelihoodJudge(backend.backbone, a.filter_margin)
 
 
 def _price(a: argparse.Namespace) -> Price:

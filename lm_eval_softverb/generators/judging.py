@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import torch
 
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import Counters, batches, halving, shared_length
+from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.generators.local_chat import LocalChat
 
 QUESTION = "Which of these words fits the sentence best: {labels}?\n\nSentence: {sentence}\n\nAnswer with one word."
@@ -33,15 +35,21 @@ class LikelihoodJudge:
 
     Small models prefer some words whatever the sentence, so each label's mean over the labels' candidates is subtracted
     first; the mean gives every label's candidates the same weight.
+
+    Args:
+        margin: nats by which a label must be ahead of all others; more is stricter.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, margin: float = 0.0) -> None:
+        if not 0 <= margin < math.inf:
+            raise ConfigError(f"The filter's margin is {margin}, expected 0 or more nats.")
         self.backbone = backbone
+        self.margin = margin
         self.counters = Counters()
         self._chat = LocalChat(backbone)
 
     def identity(self) -> dict[str, Any]:
-        return {"judge": "likelihood", "question": QUESTION, **self._chat.identity()}
+        return {"judge": "likelihood", "question": QUESTION, "margin": self.margin, **self._chat.identity()}
 
     def keep(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
         labels = list(candidates)
@@ -52,8 +60,9 @@ class LikelihoodJudge:
         usual = [sum(column) / len(means) for column in zip(*means, strict=True)]
         verdicts: dict[str, list[bool]] = {label: [] for label in labels}
         for (own, _), row in zip(asked, scores, strict=True):
-            shifted = [score - mean for score, mean in zip(row, usual, strict=True)]
-            verdicts[own].append(max(range(len(labels)), key=shifted.__getitem__) == labels.index(own))
+            shifted = dict(zip(labels, (score - mean for score, mean in zip(row, usual, strict=True)), strict=True))
+            best_other = max((score for label, score in shifted.items() if label != own), default=-math.inf)
+            verdicts[own].append(shifted[own] - best_other >= self.margin)
         return verdicts
 
     def knows(self, label: str) -> bool:

@@ -14,13 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_eval_softverb import storage
+from lm_eval_softverb import checkpoint, storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import is_out_of_memory
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import NonFiniteError
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.tuners import checkpoint
 from lm_eval_softverb.tuners.config import SoftConfig
 from lm_eval_softverb.tuners.encoding import Example
 from lm_eval_softverb.tuners.loss import backward, mean_losses, tokens_per_pass

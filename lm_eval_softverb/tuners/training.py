@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 import lm_eval_softverb
-from lm_eval_softverb import storage
+from lm_eval_softverb import checkpoint, storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.data.rows import Row, data_sha256, split_rows
 from lm_eval_softverb.errors import ArtifactError, DataError, NonFiniteError
 from lm_eval_softverb.prompt import SIDECAR, SoftPrompt
-from lm_eval_softverb.tuners import checkpoint
 from lm_eval_softverb.tuners.config import SoftConfig
 from lm_eval_softverb.tuners.encoding import Example, encode_rows, epoch_batches
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_eval_softverb import storage
+from lm_eval_softverb import checkpoint, storage
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import ArtifactError, OutputError
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.tuners import checkpoint, loss
+from lm_eval_softverb.tuners import loss
 from lm_eval_softverb.tuners.config import config
 from lm_eval_softverb.tuners.soft import train_soft_prompt
 
@@ -26,7 +26,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.data.rows import Row
-from lm_eval_softverb.tuners import checkpoint
+from lm_eval_softverb import checkpoint
 from lm_eval_softverb.tuners.config import config
 from lm_eval_softverb.tuners.soft import train_soft_prompt
 model, out, number, at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

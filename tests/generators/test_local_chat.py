@@ -123,6 +123,16 @@ def test_what_a_label_gets_for_every_sentence_does_not_count(wide, monkeypatch):
     assert judge.keep({"x": ["a", "a", "a"], "y": ["b"]}) == {"x": [True] * 3, "y": [True]}
 
 
+def test_a_margin_keeps_the_sure_ones(wide, monkeypatch):
+    rows = {"sure": [-1.0, -9.0], "close": [-4.9, -5.1], "y": [-9.0, -1.0], "z": [-5.1, -4.9]}
+    for margin, kept in ((0.0, [True, True]), (2.0, [True, False])):
+        judge = LikelihoodJudge(wide("llama"), margin)
+        monkeypatch.setattr(judge, "scores", lambda _labels, sentences: [rows[s] for s in sentences])
+        assert judge.keep({"a": ["sure", "close"], "b": ["y", "z"]}) == {"a": kept, "b": kept}
+    with pytest.raises(ConfigError, match="margin"):
+        LikelihoodJudge(wide("llama"), -1)
+
+
 def test_words_of_many_tokens_are_not_known(wide):
     judge = LikelihoodJudge(wide("llama"))
     assert judge.knows("good") and not judge.knows("xylophonist")
