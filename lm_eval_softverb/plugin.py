@@ -22,6 +22,7 @@ MODELS = {
     "verbalizer": "lm_eval_softverb.models.verbalizer:VerbalizerLM",
     "inspect": "lm_eval_softverb.models.verbalizer:InspectLM",
     "selfverb": "lm_eval_softverb.models.verbalizer:SelfVerbLM",
+    "translator": "lm_eval_softverb.models.verbalizer:TranslatorLM",
     "nearest": "lm_eval_softverb.models.verbalizer:NearestLM",
 }
 """Alias for ``--model`` → the module that defines the class, and the class. pyproject.toml lists the same pairs."""

@@ -41,7 +41,9 @@ Run the same command again after an interruption: finished label sets are kept, 
     p.add_argument("--labels", type=int, help="labels per set (default: 5)")
     p.add_argument("--sentences", type=int, help="sentences per label (default: 100)")
     p.add_argument("--variant", help="tight: labels of one kind (default), or preliminary: labels need not be related")
-    p.add_argument("--style", help="list: ask for sentences outright; passages: for small models (default with smollm2-135m)")
+    p.add_argument(
+        "--style", help="list: ask for sentences outright; passages: for small models (default with --backend local)"
+    )
     p.add_argument("--temperature", type=float, help="of sentences (default: 0.4)")
     p.add_argument("--label-temperature", type=float, help="of labels (default: 0.7)")
     p.add_argument("--top-p", type=float, help="of sentences (default: 0.95)")
@@ -98,7 +100,7 @@ def generate(a: argparse.Namespace) -> int:
     from lm_eval_softverb.generators.config import ClassificationConfig, read_words
 
     given = _given(a, ClassificationConfig, max_tokens=a.max_new_tokens, avoid=False if a.no_avoid else None)
-    if (given.get("style") or ("passages" if _small(a) else "list")) == "passages":
+    if (given.get("style") or ("passages" if a.backend == "local" else "list")) == "passages":
         given = {"style": "passages", "per_request": 1, "max_tokens": 100, **given}
     config, words = ClassificationConfig(**given), read_words(a.words_file)
     backend = _backend(a)
@@ -156,10 +158,6 @@ def _given(a: argparse.Namespace, config: Any, **more: Any) -> dict[str, Any]:
     names = {f.name for f in fields(config)} - {"max_tokens"}
     values = {name: getattr(a, name, None) for name in names} | more
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _small(a: argparse.Namespace) -> bool:
-    return a.backend == "local" and a.model in (None, DEFAULT_MODEL)
 
 
 def _backend(a: argparse.Namespace) -> ChatBackend:

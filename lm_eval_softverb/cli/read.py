@@ -17,13 +17,15 @@ def add_arguments(group: Any) -> None:
         group,
         "verbalize",
         verbalize,
-        "Turn soft prompts into text: nearest tokens, InSPEcT, self-verbalization.",
+        "Turn soft prompts into text: nearest tokens, InSPEcT, self-verbalization, translator.",
         """
   softverb verbalize --method nearest --prompt prompts/emotion --out texts.jsonl
   softverb verbalize --method inspect --bank banks/mine --out inspect.jsonl --set source_layer=20 --set target_layer=1
   softverb verbalize --method inspect --bank banks/mine --out tuned.jsonl --set selection=selection/selection.json
   softverb verbalize --method selfverb --bank banks/framed --out self.jsonl --set 'frames=Please §.|Be §.' --set per_frame=true
   softverb verbalize --method selfverb --bank banks/framed --out many.jsonl --set samples=20 --control random
+  softverb verbalize --method translator --bank banks/mine --out best.jsonl --set adapter=translators/labels \\
+      --set samples=20 --rerank inputs.jsonl
 
 Run the same command again after an interruption: only missing texts are written.
 """,
@@ -38,6 +40,7 @@ Run the same command again after an interruption: only missing texts are written
     p.add_argument("--max-new-tokens", type=int, help="longest text (default: 40 for labels, 100 for instructions)")
     p.add_argument("--batch-size", type=int, default=16, help="prompts to work on together (default: %(default)s)")
     p.add_argument("--control", choices=CONTROLS, default="none", help="read random vectors of equal norms instead")
+    p.add_argument("--rerank", type=Path, metavar="FILE", help="JSONL of unlabelled inputs by prompt to choose the text on")
     p.add_argument("--control-seed", type=int, default=0, help="of these vectors")
     _reading_arguments(p)
 
@@ -105,13 +108,16 @@ def verbalize(a: argparse.Namespace) -> int:
         entries = [{"prompt_id": prompts[0].id}]
 
     from lm_eval_softverb.backbone import Backbone
-    from lm_eval_softverb.verbalizers.base import create, for_bank
+    from lm_eval_softverb.verbalizers.base import check_fits, create, for_bank
     from lm_eval_softverb.verbalizers.texts import verbalize_to
 
     verbalizer = for_bank(create(a.method, **settings), bank.entries if bank else entries)
+    if a.rerank:
+        from lm_eval_softverb.verbalizers.rerank import Reranked
+
+        verbalizer = Reranked(verbalizer, str(a.rerank))
     backbone = Backbone.load(a.model, dtype=a.dtype, device=a.device)
-    for prompt in prompts:
-        prompt.check_fits(backbone.fingerprint, force=a.force)
+    check_fits(verbalizer, prompts, backbone.fingerprint, force=a.force)
     lines = verbalize_to(
         a.out,
         verbalizer,

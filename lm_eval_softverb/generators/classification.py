@@ -70,7 +70,7 @@ def generate(
     """
     words = tuple(words) or read_words()
     identity = {**asdict(config), "backend": meter.backend.identity(), "judge": judge.identity() if judge else None}
-    identity |= {"words": storage.sha256_json(words), "prompts": storage.sha256_file(Path(prompts.__file__))}
+    identity |= {"words": storage.sha256_json(words), "prompts": prompts.identity()}
     del identity["sets"]  # a longer run begins like a shorter one
     with open_store(out, identity) as store:
         meter.usage = Usage(**store.get("usage", {}))
@@ -169,6 +169,7 @@ class _Run:
         found: dict[str, list[str]] = {label: [] for label in labels}
         seen: set[str] = set()
         sent = dict.fromkeys(labels, 0)
+        keep = self.judge.start(labels) if self.judge else None
         for turn in range(config.attempts):
             missing = {label: config.sentences - len(s) for label, s in found.items() if len(s) < config.sentences}
             if not missing or (turn == 2 and not all(found.values())):  # nothing in two rounds: the rest would be wasted
@@ -182,9 +183,8 @@ class _Run:
             fresh: dict[str, list[str]] = {label: [] for label in labels}
             for (label, _), (text, cut) in zip(asked, self._ask([r for _, r in asked]), strict=True):
                 fresh[label] += self._usable(text, cut, label, labels, seen, [*found[label], *fresh[label]])
-            if self.judge and any(fresh.values()):
-                verdicts = self.judge.keep({label: sentences for label, sentences in fresh.items() if sentences})
-                for label, verdict in verdicts.items():
+            if keep:
+                for label, verdict in keep(fresh).items():
                     self.counts["sentence_fits_another_label"] += verdict.count(False)
                     fresh[label] = [s for s, good in zip(fresh[label], verdict, strict=True) if good]
             for label in labels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +15,15 @@ from lm_eval_softverb.generators.local_chat import LocalChat
 
 QUESTION = "Which of these words fits the sentence best: {labels}?\n\nSentence: {sentence}\n\nAnswer with one word."
 
+Verdicts = Callable[[Mapping[str, Sequence[str]]], dict[str, list[bool]]]
+"""Label → candidates, to label → one verdict per candidate."""
+
 
 class Judge(Protocol):
     """Decides which sentences are typical of their label."""
 
-    def keep(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
-        """Label → one verdict per sentence of ``candidates``."""
+    def start(self, labels: Sequence[str]) -> Verdicts:
+        """Begins with a label set; what comes back is called for each round of its candidates."""
         ...
 
     def knows(self, label: str) -> bool:
@@ -33,8 +36,8 @@ class Judge(Protocol):
 class LikelihoodJudge:
     """Keeps a sentence when its own label has the highest log-likelihood after a question that lists all labels.
 
-    Small models prefer some words whatever the sentence, so each label's mean over the labels' candidates is subtracted
-    first; the mean gives every label's candidates the same weight.
+    Small models prefer some words whatever the sentence, so each label's mean over the labels' candidates so far is
+    subtracted first; the mean gives every label's candidates the same weight.
 
     Args:
         margin: nats by which a label must be ahead of all others; more is stricter.
@@ -51,19 +54,25 @@ class LikelihoodJudge:
     def identity(self) -> dict[str, Any]:
         return {"judge": "likelihood", "question": QUESTION, "margin": self.margin, **self._chat.identity()}
 
-    def keep(self, candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
-        labels = list(candidates)
-        asked = [(label, sentence) for label in labels for sentence in candidates[label]]
-        scores = self.scores(labels, [sentence for _, sentence in asked])
-        parts = [[s for s, (own, _) in zip(scores, asked, strict=True) if own == label] for label in labels]
-        means = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts if part]
-        usual = [sum(column) / len(means) for column in zip(*means, strict=True)]
-        verdicts: dict[str, list[bool]] = {label: [] for label in labels}
-        for (own, _), row in zip(asked, scores, strict=True):
-            shifted = dict(zip(labels, (score - mean for score, mean in zip(row, usual, strict=True)), strict=True))
-            best_other = max((score for label, score in shifted.items() if label != own), default=-math.inf)
-            verdicts[own].append(shifted[own] - best_other >= self.margin)
-        return verdicts
+    def start(self, labels: Sequence[str]) -> Verdicts:
+        seen: dict[str, list[list[float]]] = {label: [] for label in labels}
+
+        def keep(candidates: Mapping[str, Sequence[str]]) -> dict[str, list[bool]]:
+            asked = [(label, sentence) for label, sentences in candidates.items() for sentence in sentences]
+            scores = self.scores(labels, [sentence for _, sentence in asked])
+            for (own, _), row in zip(asked, scores, strict=True):
+                seen[own].append(row)
+            # Over all rounds: late ones have candidates of few labels only, and their mean would be what is looked for.
+            means = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in seen.values() if rows]
+            usual = [sum(column) / len(means) for column in zip(*means, strict=True)]
+            verdicts: dict[str, list[bool]] = {label: [] for label in candidates}
+            for (own, _), row in zip(asked, scores, strict=True):
+                shifted = dict(zip(labels, (score - mean for score, mean in zip(row, usual, strict=True)), strict=True))
+                best_other = max((score for label, score in shifted.items() if label != own), default=-math.inf)
+                verdicts[own].append(shifted[own] - best_other >= self.margin)
+            return verdicts
+
+        return keep
 
     def knows(self, label: str) -> bool:
         """At most two tokens: what a small model makes up falls into more."""

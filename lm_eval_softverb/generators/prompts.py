@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from lm_eval_softverb import storage
 from lm_eval_softverb.generators.backends import ChatRequest
 
 EXTRA_LABELS = 3
@@ -49,17 +50,27 @@ EXAMPLE_SETS = tuple(frozenset(a.partition(": ")[2].split(", ")) for _, a in _TI
 LIST = (
     'Write {n} different sentences, one per line, that fit the label "{label}" better than any of these: {others}. Each '
     'has 8 to 20 words and stands on its own. None of them contains the word "{label}" or a form of it. Vary who, where '
-    "and what happens. Let some of them be about {hint}."
+    "and what happens. One of them may mention: {hint}."
 )
+# In the order of what SmolLM2-135M makes of them: 50 tokens per kept sentence for the first, 120 for the last.
 PASSAGES = (
+    "Write five short clues for a guessing game; the answer is {label}.",
     "List ten facts about {label}.",
-    "Explain {label} to a child.",
     "What is {label} like? What does it look like, where is it found, what happens around it?",
+    "How is {label} used, and what does it do?",
+    "Write a childhood memory that has to do with {label} and a {hint}.",
     "Write a scene in which somebody meets {label}.",
-    "What do people usually say about {label}?",
-    "Write ten short sentences about {label}, and have a {hint} in some of them.",
-    "Write a short story about {label} and a {hint}.",
+    "Explain {label} to a child.",
 )
+
+RULES = 1
+"""Of reading and refusing answers; goes up when they change, since a file goes on only under the rules it began with."""
+
+
+def identity() -> str:
+    """Hash of everything asked, and of the rules for answers."""
+    texts = [_TIGHT, _LOOSE, _TIGHT_EXAMPLES, _LOOSE_EXAMPLES, LIST, PASSAGES, EXTRA_LABELS, _SHOWN]
+    return storage.sha256_json([RULES, texts])
 
 
 def label_request(
@@ -87,7 +98,11 @@ _LABEL = re.compile(r"[a-z]{3,16}")
 _BULLET = re.compile(r"^\W*(?:\d{1,3}\s*[.):]\s*)?[-*•\s]*")
 _BREAK = re.compile(r"\n+|(?<=[.!?])[\"”]?\s+(?=[\"“A-Z0-9])")
 _META = re.compile(
-    r"\[|\]|\bAI\b|language model|\bsentences?\b|\blabels?\b|\bI'm sorry\b|https?:|\*\*|[<>{}|\\]", re.IGNORECASE
+    r"\b(AI|sentences?|labels?|answers?|clues?)\b|language model|\bI'm sorry\b|https?:|\*\*|[][<>{}|\\]|^[\w ]{1,20}:",
+    re.IGNORECASE,
+)
+_LEANS = re.compile(
+    r"(However|Therefore|Thus|Additionally|Furthermore|Moreover|But|And|So|Then|This|These|Those|That|One of)\b"
 )
 
 
@@ -142,6 +157,8 @@ def sentence_fault(sentence: str, label: str, labels: Sequence[str], words: tupl
         return "sentence_length"
     if not sentence.isascii() or not sentence.isprintable() or _META.search(sentence) or sentence.count('"') % 2:
         return "sentence_not_plain"
+    if _LEANS.match(sentence):  # on a sentence that is not there
+        return "sentence_leans_on_another"
     said = normalised(sentence).split()
     if len(set(said)) < 0.7 * len(said):
         return "sentence_repeats_itself"

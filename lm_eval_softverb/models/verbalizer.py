@@ -27,7 +27,7 @@ from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
 from lm_eval_softverb.models import ledger as ledgers
 from lm_eval_softverb.pretrained import DEFAULT
 from lm_eval_softverb.verbalizers import CONTROLS, KINDS, METHODS
-from lm_eval_softverb.verbalizers.base import Verbalization, controlled, create, for_bank, settings_of
+from lm_eval_softverb.verbalizers.base import Verbalization, check_fits, controlled, create, for_bank, settings_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class VerbalizerLM(LM):
     Args:
         pretrained: base model of the prompts: hub id, folder, or the packaged name ``smollm2-135m``.
         bank: folder of the soft prompts; each document takes the one its ``prompt_field`` names, else the one of its task.
-        method: ``inspect``, ``selfverb`` or ``nearest``; the aliases of ``--model`` fix it.
+        method: ``inspect``, ``selfverb``, ``translator`` or ``nearest``; the aliases of ``--model`` fix it.
         kind: ``labels`` or ``instructions`` for documents that do not say what they ask for.
         control: ``random`` reads random vectors of the prompts' norms instead of the prompts.
         control_seed: of these vectors.
@@ -88,7 +88,7 @@ class VerbalizerLM(LM):
         else:
             self.backbone = Backbone.load(str(pretrained), dtype=dtype, device=_device(device), revision=revision)
         fingerprint = self.backbone.fingerprint
-        self.overrides = {p.id: d for p in self.bank.prompts if (d := p.check_fits(fingerprint, force=bool(force)))}
+        self.overrides = check_fits(self.verbalizer, self.bank.prompts, fingerprint, force=bool(force))
         self.rows = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.counters = Counters()
         self.ledger: ledgers.Ledger | None = None
@@ -269,3 +269,10 @@ class NearestLM(VerbalizerLM):
     """``--model nearest``: nearest tokens; see :class:`~lm_eval_softverb.verbalizers.nearest.Nearest`."""
 
     fixed_method = "nearest"
+
+
+@register_model("translator")
+class TranslatorLM(VerbalizerLM):
+    """``--model translator``: a trained one; see :class:`~lm_eval_softverb.verbalizers.translator.Translator`."""
+
+    fixed_method = "translator"

@@ -16,6 +16,7 @@ METHODS = {
     "nearest": "lm_eval_softverb.verbalizers.nearest:Nearest",
     "inspect": "lm_eval_softverb.verbalizers.inspect_grid:Inspect",
     "selfverb": "lm_eval_softverb.verbalizers.selfverb:SelfVerb",
+    "translator": "lm_eval_softverb.verbalizers.translator:Translator",
 }
 CONTROLS = ("none", "random")
 MAX_NEW_TOKENS: Mapping[str, int] = {"labels": 40, "instructions": 100}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.errors import ConfigError, did_you_mean
-from lm_eval_softverb.prompt import SoftPrompt
+from lm_eval_softverb.prompt import Fingerprint, SoftPrompt
 from lm_eval_softverb.verbalizers import METHODS, Kind
 
 
@@ -41,7 +41,8 @@ class Verbalization:
 class Verbalizer(Protocol):
     """One method with its settings: a frozen dataclass whose fields are JSON values."""
 
-    method: ClassVar[str]
+    @property
+    def method(self) -> str: ...
 
     def verbalize(
         self, backbone: Backbone, prompts: Sequence[SoftPrompt], *, kind: Kind, max_new_tokens: int
@@ -77,8 +78,12 @@ def method_class(method: str) -> Any:
 
 
 def settings_of(verbalizer: Verbalizer) -> dict[str, Any]:
-    """Method and settings as JSON: what decides a text beside the model and the prompt."""
-    return {"method": verbalizer.method, **asdict(verbalizer)}  # type: ignore[call-overload]
+    """Method and settings as JSON: what decides a text beside the model and the prompt.
+
+    A method whose settings name files has ``files``: hashes of their contents, since other contents make other texts.
+    """
+    own: Any = verbalizer
+    return {"method": verbalizer.method, **asdict(own), **getattr(own, "files", {})}
 
 
 def _read(method: str, name: str, kind: str, value: Any) -> Any:
@@ -109,6 +114,24 @@ def for_bank(verbalizer: Verbalizer, entries: Sequence[Mapping[str, Any]]) -> Ve
         return verbalizer
     words = sorted({str(label) for entry in entries for label in entry.get("labels") or ()})
     return replace(verbalizer, avoid="|".join(words))  # type: ignore[type-var]
+
+
+def check_fits(
+    verbalizer: Verbalizer, prompts: Sequence[SoftPrompt], model: Fingerprint, *, force: bool = False
+) -> dict[str, list[str]]:
+    """Compares the prompts with the base model in use or, where the method has a ``bridge``, with the one it starts from.
+
+    Returns:
+        The differences that ``force`` let pass, by the prompt's id.
+
+    Raises:
+        BaseModelMismatch: a difference, unless ``force``. Another width is never let pass.
+    """
+    if folder := getattr(verbalizer, "bridge", ""):
+        from lm_eval_softverb.verbalizers.bridge import Bridge
+
+        model = Bridge.load(folder).source
+    return {p.id: d for p in prompts if (d := p.check_fits(model, force=force))}
 
 
 def controlled(prompts: Sequence[SoftPrompt], control: str, seed: int = 0) -> Sequence[SoftPrompt]:

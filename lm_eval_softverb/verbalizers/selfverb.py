@@ -20,6 +20,7 @@ from lm_eval_softverb.errors import ConfigError, FrameError
 from lm_eval_softverb.frame import SLOT, Frame, mark_slots, splice, virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
+from lm_eval_softverb.verbalizers.answers import confidences, pooled
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.nearest import special_ids
 
@@ -173,21 +174,13 @@ def _surest_first(answers: Sequence[Answer]) -> list[Verbalization]:
 
 def _distribution(answers: Sequence[Answer]) -> list[Verbalization]:
     """The different texts among samples, the most frequent first; the shares of a prompt sum to 1."""
-    pools: dict[str, list[Answer]] = {}
-    for answer in answers:
-        pools.setdefault(normalised(answer.text), []).append(answer)
     out = []
-    for pool in sorted(pools.values(), key=len, reverse=True):
+    for pool in pooled(answers, lambda answer: answer.text):
         share = len(pool) / len(answers)
         frames = list(dict.fromkeys(frame for a in pool for frame in a.question.frames))
         counts = {"count": len(pool), "share": share, "frames": frames, "cut": any(a.cut for a in pool)}
         out.append(Verbalization(pool[0].text, share, pool[0].details() | counts))
     return out
-
-
-def normalised(text: str) -> str:
-    """What two samples must share to be the same answer."""
-    return " ".join(text.casefold().split()).strip(" .,;:!\"'")
 
 
 @torch.no_grad()
@@ -217,7 +210,7 @@ def _answer(
     new = [ids[:-1] if ids and ids[-1] in ends else ids for ids in new]
     sure: Sequence[float | None] = [None] * len(new)
     if not sampling.do_sample:
-        sure = _confidences(backbone, rows, contexts, new)
+        sure = confidences(backbone, rows, contexts, new)
     return [Answer(q, _text(backbone, ids), confidence, c) for q, ids, confidence, c in zip(asked, new, sure, cut, strict=True)]
 
 
@@ -231,21 +224,6 @@ def _stopper(backbone: Backbone, ends: frozenset[int]) -> Callable[[list[int]], 
 def _text(backbone: Backbone, ids: Sequence[int]) -> str:
     text = str(backbone.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
     return text if backbone.tokenizer.chat_template else text.partition("\n")[0].rstrip()
-
-
-def _confidences(
-    backbone: Backbone, rows: Tensor, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[float]:
-    """exp(mean log-probability) of the tokens of each answer, by one pass over all of it; 0 for an empty one."""
-    ids = backbone.tensor([[*context, *answer[:-1]] for context, answer in zip(contexts, answers, strict=True)])
-    keep = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (context, answer) in enumerate(zip(contexts, answers, strict=True)):
-        keep[row, len(context) - 1 : len(context) - 1 + len(answer)] = True
-    logits = backbone.logits(backbone.embed(ids, rows), keep).split([len(answer) for answer in answers])
-    return [
-        float(part.float().log_softmax(-1).gather(1, backbone.tensor([answer]).T).mean().exp()) if answer else 0.0
-        for part, answer in zip(logits, answers, strict=True)
-    ]
 
 
 def end_of_turn_ids(backbone: Backbone) -> frozenset[int]:

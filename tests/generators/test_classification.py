@@ -205,8 +205,8 @@ class LikesShort:
     def identity(self):
         return {"judge": "length"}
 
-    def keep(self, candidates):
-        return {label: [len(s) % 2 == 0 for s in sentences] for label, sentences in candidates.items()}
+    def start(self, labels):
+        return lambda candidates: {label: [len(s) % 2 == 0 for s in found] for label, found in candidates.items()}
 
 
 def test_the_filter_decides_and_is_counted(tmp_path):

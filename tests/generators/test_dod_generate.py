@@ -33,7 +33,7 @@ def writer(monkeypatch):
 
 def test_generate_end_to_end(writer, tmp_path, capsys):
     out = tmp_path / "d.sqlite"
-    assert run("generate", "--out", out, "--sets", 2, "--sentences", 3, "--model", "m", "--seed", 3) == 0
+    assert run("generate", "--out", out, "--sets", 2, "--sentences", 3, "--model", "m", "--seed", 3, "--backend", "openai") == 0
     shown = capsys.readouterr().out
     assert "2/2" in shown and "sentences_read" in shown and str(out) in shown
     with sqlite3.connect(out) as db:
@@ -41,7 +41,7 @@ def test_generate_end_to_end(writer, tmp_path, capsys):
     assert (config["sentences"], config["seed"], config["style"], config["avoid"]) == (3, 3, "list", True)
 
 
-def test_the_small_default_gets_its_own_style(writer, tmp_path):
+def test_local_models_get_their_own_style(writer, tmp_path):
     run("generate", "--out", tmp_path / "d.sqlite", "--sets", 1, "--sentences", 2, "--quiet", "--no-avoid")
     questions = [r.messages[-1]["content"] for r in writer.asked if not r.messages[-1]["content"].startswith("Words")]
     assert questions and all("fit the label" not in q for q in questions)

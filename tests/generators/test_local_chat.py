@@ -118,9 +118,13 @@ def test_what_a_label_gets_for_every_sentence_does_not_count(wide, monkeypatch):
     judge = LikelihoodJudge(wide("llama"))
     rows = {"a": [-1.0, -5.0], "b": [-1.5, -4.0]}  # label "x" always wins unless its mean is taken off
     monkeypatch.setattr(judge, "scores", lambda _labels, sentences: [rows[s] for s in sentences])
-    assert judge.keep({"x": ["a"], "y": ["b"]}) == {"x": [True], "y": [True]}
-    assert judge.keep({"x": ["b"], "y": ["a"]}) == {"x": [False], "y": [False]}
-    assert judge.keep({"x": ["a", "a", "a"], "y": ["b"]}) == {"x": [True] * 3, "y": [True]}
+    assert judge.start("xy")({"x": ["a"], "y": ["b"]}) == {"x": [True], "y": [True]}
+    assert judge.start("xy")({"x": ["b"], "y": ["a"]}) == {"x": [False], "y": [False]}
+    keep = judge.start("xy")
+    assert keep({"x": ["a"], "y": ["b"]}) == {"x": [True], "y": [True]}
+    assert keep({"x": ["a"], "y": []}) == {"x": [True], "y": []}  # what came before still counts
+    assert judge.start("xy")({"x": [], "y": []}) == {"x": [], "y": []}
+    assert judge.start("xy")({"x": ["a", "a", "a"], "y": ["b"]}) == {"x": [True] * 3, "y": [True]}
 
 
 def test_a_margin_keeps_the_sure_ones(wide, monkeypatch):
@@ -128,7 +132,7 @@ def test_a_margin_keeps_the_sure_ones(wide, monkeypatch):
     for margin, kept in ((0.0, [True, True]), (2.0, [True, False])):
         judge = LikelihoodJudge(wide("llama"), margin)
         monkeypatch.setattr(judge, "scores", lambda _labels, sentences: [rows[s] for s in sentences])
-        assert judge.keep({"a": ["sure", "close"], "b": ["y", "z"]}) == {"a": kept, "b": kept}
+        assert judge.start("ab")({"a": ["sure", "close"], "b": ["y", "z"]}) == {"a": kept, "b": kept}
     with pytest.raises(ConfigError, match="margin"):
         LikelihoodJudge(wide("llama"), -1)
 

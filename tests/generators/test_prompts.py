@@ -67,6 +67,8 @@ def test_sentences_are_split(text, cut, sentences, lost):
         ("The tall one grew beside the church for years.", ""),
         ("The tall one grew beside the church for years", "sentence_unfinished"),
         ("It was old and it was old and it was very old.", "sentence_repeats_itself"),
+        ("However, it grew beside the church for years.", "sentence_leans_on_another"),
+        ("Fact: it grew beside the church for years.", "sentence_not_plain"),
         ("Too short.", "sentence_length"),
         ("The oak grew beside the church for years.", "sentence_names_label"),
         ("It grew beside the birches for many years.", "sentence_names_other_label"),

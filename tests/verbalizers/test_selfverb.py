@@ -13,6 +13,7 @@ from lm_eval_softverb.errors import ConfigError, FrameError
 from lm_eval_softverb.frame import SLOT, Frame
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import selfverb
+from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.base import create, settings_of
 from lm_eval_softverb.verbalizers.selfverb import QUESTIONS, SelfVerb, end_of_turn_ids
 
@@ -209,7 +210,7 @@ def test_samples_come_as_their_distribution(model):
     assert all(v.details["share"] == v.confidence == v.details["count"] / 40 for v in found)
     counts = [v.details["count"] for v in found]
     assert counts == sorted(counts, reverse=True) and counts[0] > 1 and len(counts) > 1
-    assert len({selfverb.normalised(v.text) for v in found}) == len(found)
+    assert len({normalised(v.text) for v in found}) == len(found)
 
 
 def test_samples_depend_on_the_seed_only(model):
