@@ -34,7 +34,20 @@ FLOORS = [
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 SEES_LM_EVAL = {"plugin", "models", "metrics", "compare", "cli", "__main__"}
-WITHOUT_TORCH = {"__init__", "__main__", "autoload", "plugin", "errors", "storage", "prompt", "frame", "bank", "chat", "checkpoint", "cli"}
+WITHOUT_TORCH = {
+    "__init__",
+    "__main__",
+    "autoload",
+    "plugin",
+    "errors",
+    "storage",
+    "prompt",
+    "frame",
+    "bank",
+    "chat",
+    "checkpoint",
+    "cli",
+}
 INSIDE_FUNCTIONS = {"sae_lens", "vllm", "ray", "sentence_transformers", "matplotlib", "openai", "pandas"}
 
 

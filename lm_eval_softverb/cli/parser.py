@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lm_eval_softverb import __version__
-from lm_eval_softverb.cli import compare, dod_general, read, start, train, translate
+from lm_eval_softverb.cli import compare, dod_general, dod_generate, read, start, train, translate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,8 +16,9 @@ def parser() -> argparse.ArgumentParser:
     group = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (start, train, read, translate, compare):
         module.add_arguments(group)
-    about = "Datasets of datasets: list and audit their tasks."
+    about = "Datasets of datasets: list and audit their tasks, generate label sets, paraphrase instructions."
     dod = group.add_parser("dod", help=about, description=about).add_subparsers(required=True, metavar="COMMAND")
-    for module in (dod_general,):
-        module.add_arguments(dod)
+    dod_general.add_arguments(dod)
+    dod_generate.add_generate(dod)
+    dod_generate.add_paraphrase(dod)
     return root

@@ -100,6 +100,10 @@ class Usage:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def spent(self) -> dict[str, int]:
+        """What earlier runs must be known by for a budget to hold over all of them."""
+        return {"requests": self.requests, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
+
 
 @dataclass(frozen=True)
 class Price:
@@ -150,8 +154,8 @@ class Plan:
 class Metered:
     """A backend with a meter, and a limit that is checked before sending.
 
-    The worst case of a call (every answer as long as allowed) must fit what is left, so that the limit is never passed by
-    answers; requests that a server counts but fails to answer are the exception, and at most one call's worth.
+    The worst case of a call (every answer as long as allowed) must fit what is left. Only malformed replies that an endpoint
+    charges for and that are asked again can pass the limit, within one call; they are in ``usage`` like all others.
 
     Attributes:
         usage: spent so far; starts with what an earlier run of the same file spent.
@@ -163,6 +167,13 @@ class Metered:
     max_dollars: float | None = None
     max_tokens: int | None = None
     usage: Usage = field(default_factory=Usage)
+
+    def add_earlier(self, requests: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Counts what an earlier run spent, at today's price."""
+        self.usage.requests += requests
+        self.usage.prompt_tokens += prompt_tokens
+        self.usage.completion_tokens += completion_tokens
+        self.usage.dollars += self.price.of(prompt_tokens, completion_tokens)
 
     def complete(self, requests: Sequence[ChatRequest]) -> list[Reply]:
         """Like the backend's.

@@ -86,7 +86,7 @@ def paraphrase(
     *,
     progress: Callable[[int, int, dict[str, int]], None] | None = None,
 ) -> dict[str, int]:
-    """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``source_sha256``, ``run``.
+    """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``usage``, ``source_sha256``, ``run``.
 
     Each line is written at once and synced; a run that was killed goes on behind the last whole line.
 
@@ -104,11 +104,14 @@ def paraphrase(
     counts: Counter[str] = Counter()
     for line in done.values():
         counts.update(line["counts"])
+        meter.add_earlier(**line["usage"])
     for number, (name, definition) in enumerate(definitions.items(), start=1):
         if name not in done:
+            before = meter.usage.spent()
             found, own = _one(config, meter, name, definition)
+            spent = {key: n - before[key] for key, n in meter.usage.spent().items()}
             line = {"task": name, "paraphrases": found, "counts": own, "source_sha256": _sha(definition), "run": run}
-            _append(out, line | {"model": meter.backend.name})
+            _append(out, line | {"model": meter.backend.name, "usage": spent})
             counts.update(own)
         if progress:
             progress(number, len(definitions), dict(counts))
@@ -207,7 +210,11 @@ def _resume(out: Path, run: str, sources: Mapping[str, str]) -> dict[str, dict[s
     done = {}
     for number, line in storage.read_jsonl(out):
         name = str(line.get("task"))
-        if line.get("run") != run or sources.get(name) != line.get("source_sha256"):
+        if (
+            {type(line.get(key)) for key in ("counts", "usage")} != {dict}
+            or line.get("run") != run
+            or sources.get(name) != line.get("source_sha256")
+        ):
             raise ArtifactError(
                 f"{out}:{number} holds paraphrases of another run (other definitions, settings, prompts or model). Choose "
                 "another --out."

@@ -181,16 +181,22 @@ def without_subject(sentence: str, label: str) -> str:
     return f"{'They' if many else 'It'} {sentence[match.start(2) :]}"
 
 
+_IRREGULAR = {"mice": "mouse", "teeth": "tooth", "feet": "foot", "geese": "goose", "children": "child", "people": "person"}
+
+
 def stem(word: str) -> str:
     """A crude stem: lower case, without the endings of plural, past, -ing, -ly, -er; three letters stay at least."""
-    word = word.lower()
+    word = _IRREGULAR.get(word.lower(), word.lower())
+    word = word[:-2] + "an" if len(word) > 4 and word.endswith("men") else word  # women, firemen
     for ending in ("ings", "ing", "iness", "ness", "ily", "ly", "ies", "ied", "ier", "iest", "es", "ed", "s", "er", "est"):
         if word.endswith(ending) and len(word) - len(ending) >= 3 and not (ending == "s" and word.endswith("ss")):
             word = word[: -len(ending)]
             break
     if len(word) > 3 and word[-1] in "eyi":  # bake and baked, hurry and hurried
         word = word[:-1]
-    return word[:-1] if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls" else word  # run and runn(ing)
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "ls":  # run and runn(ing)
+        word = word[:-1]
+    return word[:-1] + "f" if word[-1] == "v" else word  # knife and kniv(es)
 
 
 def same_word(a: str, b: str) -> bool:
@@ -198,10 +204,13 @@ def same_word(a: str, b: str) -> bool:
 
 
 def mentions(sentence: str, label: str) -> bool:
-    """Whether a word of the sentence is the label, a form of it, or a compound that begins with it."""
+    """Whether a word of the sentence is the label, a form of it, a compound that begins with it, or of its family."""
     root, label = stem(label), label.lower()
+    family = label[: max(5, -(-3 * len(label) // 5))]  # laughter and laughing; too much rather than too little
     words = re.findall(r"[a-z]+", sentence.lower())
-    return any(stem(w) == root or (len(label) > 3 and w.startswith(label)) for w in words)
+    return any(
+        stem(w) == root or (len(label) > 3 and w.startswith(label)) or (len(label) > 5 and w.startswith(family)) for w in words
+    )
 
 
 def nearly_same(a: str, b: str) -> bool:

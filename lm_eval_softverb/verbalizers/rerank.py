@@ -20,7 +20,7 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import Counters, batches, halving
 from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.decoding import generate
-from lm_eval_softverb.errors import ConfigError, DataError
+from lm_eval_softverb.errors import ConfigError, DataError, NonFiniteError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
@@ -94,7 +94,12 @@ def rerank(
 def divergences(
     backbone: Backbone, prompt: SoftPrompt, texts: Sequence[str], inputs: Sequence[str], answer_tokens: int = ANSWER_TOKENS
 ) -> list[float]:
-    """Mean KL(p_soft || p_text) in nats of each of ``texts``, over all answer positions of all ``inputs``."""
+    """Mean KL(p_soft || p_text) in nats of each of ``texts``, over all answer positions of all ``inputs``.
+
+    Raises:
+        ConfigError: as for :func:`rerank`.
+        NonFiniteError: a divergence is no number.
+    """
     if backbone.is_seq2seq or not backbone.has_keys:
         raise ConfigError(f"Re-ranking needs a decoder-only model, which {backbone.name} is not.")
     slots = [list(virtual_ids(0, prompt.n))]
@@ -107,6 +112,11 @@ def divergences(
     for batch in batches(range(len(inputs)), lambda i: longest[i], None):
         for own, count in halving(run, batch, Counters()):
             sums, positions = sums + own, positions + count
+    if not bool(torch.isfinite(sums).all()):
+        raise NonFiniteError(
+            f"The behaviour under a text or under soft prompt {prompt.source or prompt.id} has no finite probabilities, so texts "
+            "cannot be compared by it. Use dtype float32."
+        )
     return [float(x) for x in sums / positions]
 
 

@@ -58,7 +58,7 @@ class TranslatorAdapter:
     def id(self) -> str:
         """``tr-`` and a hash of all that decides a text."""
         values = {name: storage.sha256_bytes(t.contiguous().numpy().tobytes()) for name, t in self.tensors.items()}
-        return f"tr-{storage.sha256_json([values, self.alpha, self.bos])[:16]}"
+        return f"tr-{storage.sha256_json([values, self.alpha, self.bos, self.targets])[:16]}"
 
     def save(self, folder: Path) -> Path:
         """Writes the PEFT folder and, last, ``translator.json``, so that its presence means complete."""
@@ -70,7 +70,6 @@ class TranslatorAdapter:
             "base_model_name_or_path": self.fingerprint.name,
             "r": self.rank,
             "lora_alpha": self.alpha,
-            "lora_dropout": float(self.info.get("config", {}).get("dropout", 0.0)),
             "target_modules": list(self.targets),
             "fan_in_fan_out": transposed(self.targets),
             "bias": "none",

@@ -70,8 +70,9 @@ class Processes:
 
     def __init__(self) -> None:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        self._state = PartialState()
+        self._state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
         self.rank, self.count = int(self._state.process_index), int(self._state.num_processes)
 
     @property

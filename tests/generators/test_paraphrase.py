@@ -123,7 +123,12 @@ def test_f23_plan_and_budget(tmp_path):
     with pytest.raises(BudgetExceeded):
         paraphrase(Tasks(), TEN, meter, out)
     assert meter.usage.prompt_tokens + meter.usage.completion_tokens <= limit
-    assert 1 <= len(read_paraphrases(out)) < 4
+    done = len(read_paraphrases(out))
+    assert 1 <= done < 4
+    again = Metered(Rewriter(), max_tokens=limit)
+    with pytest.raises(BudgetExceeded):  # what the first run spent is remembered
+        paraphrase(Tasks(), TEN, again, out)
+    assert again.usage.prompt_tokens + again.usage.completion_tokens <= limit and len(read_paraphrases(out)) == done
 
 
 def test_files_that_cannot_be_used(tmp_path):
