@@ -20,7 +20,7 @@ quickstart: install
 	$(BIN)/softverb quickstart --out $(OUT) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: install
 	$(BIN)/ruff check .
