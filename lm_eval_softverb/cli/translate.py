@@ -157,14 +157,15 @@ def train(a: argparse.Namespace) -> int:
     from lm_eval_softverb.verbalizers.translator_fit import Processes
     from lm_eval_softverb.verbalizers.translator_training import train_translator
 
-    backbone = Backbone.load(a.model, dtype=a.dtype, device=a.device or Processes().device)
+    processes = Processes()
+    backbone = Backbone.load(a.model, dtype=a.dtype, device=a.device or processes.device)
     options: dict[str, Any] = {
         "split": a.split,
         "force": a.force,
         "max_tokens": a.tokens_per_pass,
         "checkpoint_seconds": a.checkpoint_seconds,
         "overwrite": a.overwrite,
-        "progress": not a.quiet,
+        "progress": not a.quiet and processes.first,
     }
     made, start = None, a.start
     if start is None:
@@ -174,7 +175,8 @@ def train(a: argparse.Namespace) -> int:
         )
     if preference:
         made = train_preferences(backbone, bank, start, a.dpo, preference, a.out, info={"bank": a.bank.name}, **options)
-    assert made is not None  # one of the two has run
+    if made is None or not processes.first:
+        return 0
     loss, epoch, prompts = made.info["best_validation_loss"], made.info["best_epoch"], made.info["prompts"]
     print(
         f"{made.id}: trained on {len(prompts['training'])} prompts, validation loss {loss:.4f} on {len(prompts['validation'])} "

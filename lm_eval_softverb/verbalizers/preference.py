@@ -112,11 +112,11 @@ def train_preferences(
     """
     storage.require_writable(out)
     first = TranslatorAdapter.load(start)
-    forced = first.check_fits(backbone.fingerprint, force=force)
+    forced = set(first.check_fits(backbone.fingerprint, force=force))
     pairs, counts = pairs_of(bank, first.kind, split)
     known = read_inputs(inputs)
     for pair in pairs:
-        pair.prompt.check_fits(backbone.fingerprint, force=force)
+        forced.update(pair.prompt.check_fits(backbone.fingerprint, force=force))
         inputs_of(pair.prompt, known)  # before hours of drawing
     names = {p.name: p for p in pairs}
     run = run_of(
@@ -168,7 +168,7 @@ def train_preferences(
         "inputs_sha256": storage.sha256_file(inputs),
         "prompts": {"training": [p.name for p in sides[0]], "validation": [p.name for p in sides[1]]},
         "counts": {**counts, "without_preference": len(pairs) - len(chosen)},
-        "forced_despite": forced,
+        "forced_despite": sorted(forced),
     }
     adapter = TranslatorAdapter(
         best, first.rank, first.alpha, first.targets, backbone.fingerprint, first.kind, first.bos, made, str(out)

@@ -114,8 +114,8 @@ def divergences(
             sums, positions = sums + own, positions + count
     if not bool(torch.isfinite(sums).all()):
         raise NonFiniteError(
-            f"The behaviour under a text or under soft prompt {prompt.source or prompt.id} has no finite probabilities, so texts "
-            "cannot be compared by it. Use dtype float32."
+            f"The behaviour under a text or under soft prompt {prompt.source or prompt.id} has no finite probabilities, so "
+            "texts cannot be compared by it. Use dtype float32."
         )
     return [float(x) for x in sums / positions]
 

@@ -105,7 +105,7 @@ def train_translator(
     """
     storage.require_writable(out)
     pairs, counts = pairs_of(bank, config.kind, split, texts)
-    forced = {p.name: d for p in pairs if (d := p.prompt.check_fits(backbone.fingerprint, force=force))}
+    forced = sorted({d for p in pairs for d in p.prompt.check_fits(backbone.fingerprint, force=force)})
     run = run_of(backbone, [config.to_json(), data_sha256(pairs)])
     if found := finished_before(out, run, overwrite):
         return found

@@ -47,8 +47,8 @@ def test_the_loss_by_hand_in_float64():
     chosen, rejected = torch.tensor([-3.0, -8.0, -1.0], dtype=torch.float64), torch.tensor([-5.0, -2.0, -1.0]).double()
     reference = torch.tensor([[-4.0, -4.5], [-7.0, -3.0], [-1.0, -1.0]], dtype=torch.float64)
     beta, expected = 0.3, []
-    for w, l, (rw, rl) in zip(chosen.tolist(), rejected.tolist(), reference.tolist(), strict=True):
-        ratio = (math.exp(w) / math.exp(rw)) ** beta, (math.exp(l) / math.exp(rl)) ** beta
+    for won, lost, (won_before, lost_before) in zip(chosen.tolist(), rejected.tolist(), reference.tolist(), strict=True):
+        ratio = (math.exp(won) / math.exp(won_before)) ** beta, (math.exp(lost) / math.exp(lost_before)) ** beta
         expected.append(-math.log(ratio[0] / (ratio[0] + ratio[1])))  # Bradley-Terry with rewards beta log(pi / ref)
     found = dpo_loss(chosen, rejected, reference, beta)
     assert found.dtype == torch.float64

@@ -82,10 +82,16 @@ def test_divergences_are_those_of_a_plain_loop(backbone, name, tokens):
 
 
 def test_an_answer_that_is_over_counts_its_eos(backbone, monkeypatch):
-    """A prompt after which the model stops at once differs from a text in one position: that of EOS."""
+    """An answer of one token that ended by itself has two positions, its EOS among them."""
     b = backbone("llama")
-    monkeypatch.setattr(module, "generate", lambda _b, _r, contexts, **_kw: [[] for _ in contexts])
-    assert divergences(b, soft_prompt(b), TEXTS, INPUTS, 5) == pytest.approx(divergences(b, soft_prompt(b), TEXTS, INPUTS, 1))
+
+    def answered(answer, tokens):
+        monkeypatch.setattr(module, "generate", lambda _b, _r, contexts, **_kw: [answer for _ in contexts])
+        return divergences(b, soft_prompt(b), TEXTS, INPUTS, tokens)
+
+    over, two, one = answered([5], 5), answered([5, 7], 2), answered([5], 1)  # 7 is in no position before it
+    assert over == pytest.approx(two) and over != pytest.approx(one)
+    assert answered([], 5) == pytest.approx(one)  # stopped at once: the first position is that of EOS
 
 
 def test_neither_batches_nor_memory_change_a_divergence(backbone, monkeypatch):
