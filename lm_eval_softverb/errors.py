@@ -54,6 +54,14 @@ class BackendError(SoftverbError):
         self.replies = tuple(replies)
 
 
+class PlanOnly(SoftverbError):
+    """A plan was asked for instead of a run; ``plan`` says what would be sent at most. Nothing was sent."""
+
+    def __init__(self, message: str, plan: Any) -> None:
+        super().__init__(message)
+        self.plan = plan
+
+
 class BudgetExceeded(SoftverbError):
     """Going on might cost more than allowed; nothing of the refused step was sent."""
 

@@ -139,6 +139,21 @@ def mark_slots(text: str) -> str:
     return _MARK.join(escape(part) for part in text.split(SLOT))
 
 
+def split_slots(marked: str, n: int) -> list[str]:
+    """The ``n + 1`` texts around the slot marks, as they were before escaping.
+
+    Raises:
+        FrameError: another number of marks than ``n``.
+    """
+    parts = marked.split(_MARK)
+    if len(parts) != n + 1:
+        raise FrameError(
+            f"The chat template dropped the frame or repeats it: {len(parts) - 1} slots, expected {n}, in "
+            f"{marked[:200]!r}. Use a template that shows the last user message once."
+        )
+    return [unescape(part) for part in parts]
+
+
 def splice(
     marked: str,
     virtual: Sequence[Sequence[int]],
@@ -153,13 +168,8 @@ def splice(
     Raises:
         FrameError: another number of marks than of ``virtual``.
     """
-    parts = marked.split(_MARK)
-    if len(parts) != len(virtual) + 1:
-        raise FrameError(
-            f"The chat template dropped the frame or repeats it: {len(parts) - 1} slots, expected {len(virtual)}, in "
-            f"{marked[:200]!r}. Use a template that shows the last user message once."
-        )
-    texts = [*(unescape(part) for part in parts[:-1]), unescape(parts[-1]) + continuation]
+    *parts, last = split_slots(marked, len(virtual))
+    texts = [*parts, last + continuation]
     ids: list[int] = []
     first = True
     for text, slot in zip(texts, [*virtual, ()], strict=True):

@@ -24,6 +24,9 @@ MODELS = {
     "selfverb": "lm_eval_softverb.models.verbalizer:SelfVerbLM",
     "translator": "lm_eval_softverb.models.verbalizer:TranslatorLM",
     "nearest": "lm_eval_softverb.models.verbalizer:NearestLM",
+    "hardprompt": "lm_eval_softverb.models.hardprompt:HardPromptLM",
+    "hardprompt-chat": "lm_eval_softverb.models.hardprompt_chat:HardPromptChatLM",
+    "replay": "lm_eval_softverb.models.replay:ReplayLM",
 }
 """Alias for ``--model`` → the module that defines the class, and the class. pyproject.toml lists the same pairs."""
 

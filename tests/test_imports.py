@@ -24,7 +24,7 @@ FLOORS = [
     {"prompt"},
     {"bank", "chat", "pretrained", "data"},
     {"backbone"},
-    {"batching", "decoding", "residual"},
+    {"batching", "decoding", "residual", "endpoints"},
     {"metrics"},
     {"tuners", "verbalizers", "analysis"},
     {"models", "generators"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_softverb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lm_eval_softverb.generators.backends import ChatBackend, Metered, Plan, Price
+    from lm_eval_softverb.endpoints.backends import ChatBackend, Metered, Plan, Price
     from lm_eval_softverb.generators.judging import Judge
     from lm_eval_softverb.generators.local_chat import LocalChat
 
@@ -162,7 +162,7 @@ def _given(a: argparse.Namespace, config: Any, **more: Any) -> dict[str, Any]:
 
 def _backend(a: argparse.Namespace) -> ChatBackend:
     if a.backend == "openai":
-        from lm_eval_softverb.generators.openai_chat import OpenAIChat
+        from lm_eval_softverb.endpoints.openai_chat import OpenAIChat
 
         if not a.model:
             raise ConfigError("--backend openai needs --model, the model's name at the endpoint.")
@@ -195,7 +195,7 @@ def _judge(a: argparse.Namespace, backend: ChatBackend) -> Judge | None:
 
 
 def _price(a: argparse.Namespace) -> Price:
-    from lm_eval_softverb.generators.backends import FREE, read_price
+    from lm_eval_softverb.endpoints.backends import FREE, read_price
 
     if a.prices:
         return read_price(a.prices, a.model or DEFAULT_MODEL)
@@ -205,7 +205,7 @@ def _price(a: argparse.Namespace) -> Price:
 
 
 def _metered(a: argparse.Namespace, backend: ChatBackend) -> Metered:
-    from lm_eval_softverb.generators.backends import Metered
+    from lm_eval_softverb.endpoints.backends import Metered
 
     return Metered(backend, _price(a), a.max_dollars, a.max_tokens)
 

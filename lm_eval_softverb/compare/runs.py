@@ -103,6 +103,8 @@ def _tasks(path: Path, harness_task: str) -> dict[str, Task]:
         task = (
             f"{harness_task}/{inner}" if isinstance(inner, str) and inner and harness_task.startswith("dod_") else harness_task
         )
+        if not values:  # the model gave no answer and the task left the document out
+            unscored.setdefault(task, set()).add(key)
         for metric, score in values.items():
             if score is not None and not isinstance(score, (bool, int, float)):
                 continue  # corpus metrics keep texts until all documents are done
@@ -118,7 +120,8 @@ def _tasks(path: Path, harness_task: str) -> dict[str, Task]:
             "target": _shown(sample.get("target")),
             "answer": _shown(sample.get("filtered_resps")),
         }
-    return {task: Task(metrics, frozenset(unscored.get(task, ())), texts.get(task, {})) for task, metrics in scores.items()}
+    found = [task for task in texts if task in scores or task in unscored]
+    return {task: Task(scores.get(task, {}), frozenset(unscored.get(task, ())), texts[task]) for task in found}
 
 
 def _named(metric: str, filter_name: object) -> str:

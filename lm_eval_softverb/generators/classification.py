@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_softverb import storage
+from lm_eval_softverb.endpoints.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price, Usage
 from lm_eval_softverb.errors import BackendError
 from lm_eval_softverb.generators import prompts
-from lm_eval_softverb.generators.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price, Usage
 from lm_eval_softverb.generators.config import ClassificationConfig, evaluation_labels, read_words
 from lm_eval_softverb.generators.judging import Judge
 from lm_eval_softverb.generators.store import Store, open_store

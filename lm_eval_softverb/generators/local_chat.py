@@ -11,8 +11,8 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import Counters, batches, halving, shared_length
 from lm_eval_softverb.chat import render_chat
 from lm_eval_softverb.decoding import Sampling, generate
+from lm_eval_softverb.endpoints.backends import ChatRequest, Reply
 from lm_eval_softverb.errors import ConfigError
-from lm_eval_softverb.generators.backends import ChatRequest, Reply
 from lm_eval_softverb.verbalizers.selfverb import end_of_turn_ids
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.data.dod import Dod
+from lm_eval_softverb.endpoints.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, OutputError
-from lm_eval_softverb.generators.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price
 from lm_eval_softverb.generators.prompts import normalised
 
 SHORT = 25

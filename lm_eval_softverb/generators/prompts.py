@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from lm_eval_softverb import storage
-from lm_eval_softverb.generators.backends import ChatRequest
+from lm_eval_softverb.endpoints.backends import ChatRequest
 
 EXTRA_LABELS = 3
 """More labels are asked for than needed, since some will be refused."""

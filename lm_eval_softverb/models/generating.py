@@ -33,7 +33,7 @@ def answer_generations(
         raise ConfigError("Generation setting max_length depends on each prompt's length; use max_gen_toks.")
     causal = lm.backend == "causal"
     contexts = [
-        lm.slots.fit(tuple(lm.slots.context(r.args[0], place)) or (lm.prefix_token_id,), lm.window - (new if causal else 0))
+        lm.slots.fit(lm.slots.whole(r.args[0], place), lm.window - (new if causal else 0))
         for r, place in zip(requests, places, strict=True)
     ]
     # Beams, encoder-decoders, models without keys and values, settings we do not know: transformers' own generate.

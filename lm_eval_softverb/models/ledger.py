@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
 
 from lm_eval_softverb import storage
@@ -24,6 +23,7 @@ from lm_eval_softverb.errors import OutputError
 
 log = logging.getLogger(__name__)
 A = TypeVar("A")
+Q = TypeVar("Q")
 _TABLE = "softverb_answers_v1"
 
 
@@ -119,9 +119,9 @@ def install() -> None:
 
 def answered(
     ledger: Ledger | None,
-    requests: Sequence[Instance],
-    key: Callable[[Instance, int], str | None],
-    compute: Callable[[list[Instance], Callable[[int, A], None]], list[A]],
+    requests: Sequence[Q],
+    key: Callable[[Q, int], str | None],
+    compute: Callable[[list[Q], Callable[[int, A], None]], list[A]],
     restore: Callable[[Any], A] = lambda value: value,
     store: Callable[[A], Any] = lambda answer: answer,
 ) -> tuple[list[A], int]:

@@ -62,6 +62,10 @@ class Slots:
             return [*before, *frame.encode(text, virtual, plain, bos, rendered=rendered), *after]
         return frame.encode(text, virtual, tokenize, bos, rendered=rendered, continuation=continuation)
 
+    def whole(self, text: str, place: int | None) -> Ids:
+        """Ids of a context to be continued; never empty."""
+        return tuple(self.context(text, place)) or (self.lm.prefix_token_id,)
+
     @cached_property
     def _specials(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and behind every text."""

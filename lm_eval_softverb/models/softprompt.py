@@ -272,6 +272,10 @@ class SoftPromptLM(HFLM):
             return self.bank.place(request.doc or {}, request.task_name, self.prompt_field)
         return 0 if self.prompts else None
 
+    def _prompt_key(self, request: Instance) -> str | None:
+        place = self._place(request)
+        return None if place is None else self.prompts[place].id
+
     def _bar(self, total: int, kind: Kind, disable: bool) -> tqdm[Any]:
         return tqdm(total=total, desc=f"Running {kind} requests", disable=disable or self.rank != 0)
 
@@ -297,9 +301,7 @@ class SoftPromptLM(HFLM):
         def key(request: Instance, repeat: int) -> str | None:
             if kind == "generate_until" and request.args[1].get("do_sample"):
                 return None  # the harness never caches sampled answers either
-            place = self._place(request)
-            prompt = None if place is None else self.prompts[place].id
-            return storage.sha256_json([identity, prompt, kind, list(request.args), repeat])
+            return storage.sha256_json([identity, self._prompt_key(request), kind, list(request.args), repeat])
 
         answers, found = ledgers.answered(self.ledger, requests, key, compute, restore)
         self.counters.from_cache += found

@@ -16,9 +16,9 @@ from fakes import NOUNS, Writer
 from toys import ROOT
 
 from lm_eval_softverb.data.dod_classification import ClassificationDod, Reading
+from lm_eval_softverb.endpoints.backends import Metered, Price, Reply, read_price
 from lm_eval_softverb.errors import ArtifactError, BackendError, BudgetExceeded, ConfigError, DataError, OutputError
 from lm_eval_softverb.generators import prompts
-from lm_eval_softverb.generators.backends import Metered, Price, Reply, read_price
 from lm_eval_softverb.generators.classification import generate, plan
 from lm_eval_softverb.generators.config import ClassificationConfig, evaluation_labels, read_words
 from lm_eval_softverb.generators.store import open_store
@@ -77,7 +77,7 @@ import sys, time
 sys.path.insert(0, "tests/generators")
 from fakes import Writer
 from pathlib import Path
-from lm_eval_softverb.generators.backends import Metered
+from lm_eval_softverb.endpoints.backends import Metered
 from lm_eval_softverb.generators.classification import generate
 from lm_eval_softverb.generators.config import ClassificationConfig
 class Slow(Writer):

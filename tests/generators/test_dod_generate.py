@@ -7,7 +7,8 @@ import json
 import sqlite3
 
 import pytest
-from fakes import Server, Writer
+from fakes import Writer
+from fault_server import Server
 
 from lm_eval_softverb.cli import dod_generate
 from lm_eval_softverb.errors import BackendError, ConfigError

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.endpoints.backends import ChatRequest
 from lm_eval_softverb.errors import ConfigError
-from lm_eval_softverb.generators.backends import ChatRequest
 from lm_eval_softverb.generators.classification import generate
 from lm_eval_softverb.generators.config import ClassificationConfig
 from lm_eval_softverb.generators.judging import QUESTION, LikelihoodJudge
@@ -79,7 +79,7 @@ def test_what_cannot_answer_is_refused(wide, backbone):
 
 
 def test_f35_memory_that_runs_out_halves_the_batch_and_is_counted(wide, monkeypatch):
-    from lm_eval_softverb.generators.backends import Metered
+    from lm_eval_softverb.endpoints.backends import Metered
 
     chat, answer = LocalChat(wide("llama")), LocalChat._answer
 
@@ -144,8 +144,8 @@ def test_words_of_many_tokens_are_not_known(wide):
 
 def test_a_toy_goes_through_the_whole_machine(wide, tmp_path, monkeypatch):
     """A random model's words are refused, counted, and the run says so."""
+    from lm_eval_softverb.endpoints.backends import Metered
     from lm_eval_softverb.errors import BackendError
-    from lm_eval_softverb.generators.backends import Metered
 
     backbone = wide("llama")
     config = ClassificationConfig(sets=1, sentences=2, max_tokens=12, give_up=2, label_attempts=2)

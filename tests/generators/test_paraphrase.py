@@ -9,8 +9,8 @@ import pytest
 from fakes import Writer, draw
 
 from lm_eval_softverb.data.dod import DodTask
+from lm_eval_softverb.endpoints.backends import Metered, Reply
 from lm_eval_softverb.errors import ArtifactError, BudgetExceeded, ConfigError, DataError
-from lm_eval_softverb.generators.backends import Metered, Reply
 from lm_eval_softverb.generators.paraphrase import ParaphraseConfig, paraphrase, plan, read_paraphrases
 
 TEN = ParaphraseConfig(copies=10)

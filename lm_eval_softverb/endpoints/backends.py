@@ -1,14 +1,14 @@
-"""What a generator asks and what comes back, whoever answers; and what it may cost."""
+"""What a chat model is asked and what comes back, whoever answers; and what it may cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from lm_eval_softverb import storage
-from lm_eval_softverb.errors import BackendError, BudgetExceeded, ConfigError, did_you_mean
+from lm_eval_softverb.errors import ArtifactError, BackendError, BudgetExceeded, ConfigError, did_you_mean
 
 Refusal = Literal["", "no_choices", "null_content", "empty", "content_filter", "malformed", "server", "rate_limit", "timeout"]
 """Why there is no text; empty where there is."""
@@ -47,6 +47,7 @@ class Reply:
         finish: why the text ends, in OpenAI's words (``stop``, ``length``, …).
         model: the model that the server says it ran.
         attempts: requests sent for it, this one included.
+        seconds: from sending the first of them to this answer, waits included.
     """
 
     text: str | None
@@ -56,6 +57,21 @@ class Reply:
     completion_tokens: int = 0
     model: str = ""
     attempts: int = 1
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, value: Any) -> Reply:
+        """A text that was kept as ``dataclasses.asdict``.
+
+        Raises:
+            ArtifactError: something else.
+        """
+        kinds: dict[str, Any] = {"text": str, "finish": str, "model": str, "seconds": (int, float)}
+        kinds |= dict.fromkeys(("prompt_tokens", "completion_tokens", "attempts"), int)
+        known = {**value, "refusal": ""} if isinstance(value, dict) else {}
+        if known.keys() != {f.name for f in fields(cls)} or not all(isinstance(known[n], k) for n, k in kinds.items()):
+            raise ArtifactError("The cache holds something else than a chat model's answer. Use another file.")
+        return cls(**known)
 
 
 class ChatBackend(Protocol):
@@ -83,6 +99,12 @@ class ChatBackend(Protocol):
     def events(self) -> dict[str, int]:
         """What happened on the way so far, e.g. how often a batch was halved because memory ran out."""
         ...
+
+
+class StreamingBackend(ChatBackend, Protocol):
+    """A backend that hands out replies as they arrive."""
+
+    def stream(self, requests: Sequence[ChatRequest], admit: Callable[[int], None] = ...) -> Iterator[tuple[int, Reply]]: ...
 
 
 @dataclass
@@ -192,6 +214,25 @@ class Metered:
         for name, count in self.backend.events().items():
             self.usage.events[name] = self.usage.events.get(name, 0) + count - before.get(name, 0)
         return replies
+
+    def stream(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply]]:
+        """Like the backend's, which must be a :class:`StreamingBackend`; a request is checked when its turn comes, with those
+        under way at their worst.
+
+        Raises:
+            BudgetExceeded: the next request might cost more than is left; it was not sent, and none is under way.
+        """
+        backend = cast(StreamingBackend, self.backend)
+        under_way: dict[int, ChatRequest] = {}
+
+        def admit(index: int) -> None:
+            self._check([*under_way.values(), requests[index]])
+            under_way[index] = requests[index]
+
+        for i, reply in backend.stream(requests, admit):
+            del under_way[i]
+            self._add([reply])
+            yield i, reply
 
     def _add(self, replies: Sequence[Reply]) -> None:
         for reply in replies:

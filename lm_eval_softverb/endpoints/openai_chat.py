@@ -11,12 +11,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
-from lm_eval_softverb.errors import BackendError, ConfigError, MissingExtra
-from lm_eval_softverb.generators.backends import ChatRequest, Refusal, Reply
+from lm_eval_softverb.endpoints.backends import ChatRequest, Refusal, Reply
+from lm_eval_softverb.errors import BackendError, BudgetExceeded, ConfigError, MissingExtra
 
 KEY = "OPENAI_API_KEY"
 OFFICIAL = "https://api.openai.com/v1"
@@ -76,7 +78,7 @@ class OpenAIChat:
         self._client: Any = openai.OpenAI(api_key=key or "none", base_url=self.base_url, max_retries=0, timeout=timeout)
         self._concurrency, self._attempts = concurrency, attempts
         self._backoff, self._max_wait = backoff, max_wait
-        self._tokens_field = tokens_field
+        self.tokens_field = tokens_field
 
     def identity(self) -> dict[str, Any]:
         return {"backend": "openai", "model": self.name, "base_url": self.base_url}
@@ -95,56 +97,89 @@ class OpenAIChat:
             BackendError: bad key, no permission, unknown model, a request that is wrong, an exhausted quota, or every
                 request failed. Its ``replies`` are those that came before.
         """
-        stop = threading.Event()
-
-        def run(request: ChatRequest) -> Reply | BackendError | None:
-            if stop.is_set():
-                return None
-            try:
-                return self._one(request, stop)
-            except BackendError as error:
-                stop.set()
-                return error
-
-        with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
-            try:
-                found = list(pool.map(run, requests))
-            except BaseException:
-                stop.set()  # Ctrl-C: let the waiting ones go home
-                raise
-        replies = [x for x in found if isinstance(x, Reply)]
-        for x in found:
-            if isinstance(x, BackendError):
-                raise BackendError(str(x), replies)
+        found: dict[int, Reply] = {}
+        try:
+            for i, reply in self.stream(requests):
+                found[i] = reply
+        except BackendError as error:
+            raise BackendError(str(error), [found[i] for i in sorted(found)]) from None
+        replies = [found[i] for i in range(len(requests))]
         if replies and all(r.refusal in TRANSPORT for r in replies):
-            raise BackendError(
-                f"All {len(replies)} requests to {self.base_url} failed, each after {self._attempts} attempts (last reason: "
-                f"{replies[-1].refusal}). Check the endpoint; the same command goes on where this one stopped.",
-                replies,
-            )
+            raise BackendError(self.nothing_but_failures(len(replies), replies[-1].refusal), replies)
         return replies
 
+    def nothing_but_failures(self, n: int, reason: str) -> str:
+        return (
+            f"All {n} requests to {self.base_url} failed, each after {self._attempts} attempts (last reason: {reason}). "
+            "Check the endpoint; the same command goes on where this one stopped."
+        )
+
+    def stream(
+        self, requests: Sequence[ChatRequest], admit: Callable[[int], None] = lambda _index: None
+    ) -> Iterator[tuple[int, Reply]]:
+        """``(index, reply)`` as they arrive, in the caller's thread.
+
+        Args:
+            admit: asked before a request is sent. When it raises :class:`BudgetExceeded` it is asked again after each reply
+                to those under way, and raised only when there are none left.
+
+        Raises:
+            BackendError: as :meth:`complete`, but after everything that was under way has been yielded.
+        """
+        stop = threading.Event()
+        waiting = deque(range(len(requests)))
+        under_way: dict[Future[Reply], int] = {}
+        failure: BackendError | None = None
+        with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
+            try:
+                while waiting or under_way:
+                    while waiting and not failure and len(under_way) < self._concurrency:
+                        try:
+                            admit(waiting[0])
+                        except BudgetExceeded:
+                            if not under_way:
+                                raise
+                            break
+                        i = waiting.popleft()
+                        under_way[pool.submit(self._one, requests[i], stop)] = i
+                    if not under_way:
+                        break
+                    for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                        i = under_way.pop(future)
+                        try:
+                            reply = future.result()
+                        except BackendError as error:
+                            failure = failure or error
+                            stop.set()
+                            continue
+                        yield i, reply
+            finally:
+                stop.set()  # Ctrl-C: let those that wait for another attempt go home
+        if failure:
+            raise failure
+
     def _one(self, request: ChatRequest, stop: threading.Event) -> Reply:
-        prompt = completion = 0
+        prompt, completion, began = 0, 0, time.monotonic()
         for attempt in range(1, self._attempts + 1):
-            reply, wait = self._attempt(request)
+            reply, pause = self._attempt(request)
             # A malformed answer was paid for like a good one.
             prompt, completion = prompt + reply.prompt_tokens, completion + reply.completion_tokens
             if not reply.refusal or attempt == self._attempts or stop.is_set():
-                return Reply(reply.text, reply.refusal, reply.finish, prompt, completion, reply.model, attempt)
-            if wait is None:
-                wait = min(self._max_wait, self._backoff * 2 ** (attempt - 1)) * random.uniform(1.0, 1.25)
-            elif wait > self._max_wait:
+                seconds = time.monotonic() - began
+                return Reply(reply.text, reply.refusal, reply.finish, prompt, completion, reply.model, attempt, seconds)
+            if pause is None:
+                pause = min(self._max_wait, self._backoff * 2 ** (attempt - 1)) * random.uniform(1.0, 1.25)
+            elif pause > self._max_wait:
                 raise BackendError(
-                    f"{self.base_url} asks to wait {wait:.0f} s, more than the {self._max_wait:.0f} s allowed. Run the same "
+                    f"{self.base_url} asks to wait {pause:.0f} s, more than the {self._max_wait:.0f} s allowed. Run the same "
                     "command again later; what is finished is kept."
                 )
-            stop.wait(wait)
+            stop.wait(pause)
         raise AssertionError("unreachable")
 
     def _attempt(self, request: ChatRequest) -> tuple[Reply, float | None]:
         """One reply, and the seconds that the server wants us to wait before the next, where it says so."""
-        sampling: dict[str, Any] = {self._tokens_field: request.max_tokens, "temperature": request.temperature}
+        sampling: dict[str, Any] = {self.tokens_field: request.max_tokens, "temperature": request.temperature}
         if request.top_p < 1.0:
             sampling["top_p"] = request.top_p
         try:
@@ -162,7 +197,9 @@ class OpenAIChat:
             return self._status(error)
         except (self._sdk.APIError, ValueError):  # ValueError: the SDK lets a JSONDecodeError through
             return Reply(None, "malformed"), None
-        return _reply(answer), None
+        reply = _reply(answer)
+        # A server that repeats the key must not bring it into results.
+        return replace(reply, text=reply.text and self._hide(reply.text), model=self._hide(reply.model)), None
 
     def _status(self, error: Any) -> tuple[Reply, float | None]:
         code, status = str(getattr(error, "code", "") or ""), int(error.status_code)
@@ -182,7 +219,10 @@ class OpenAIChat:
     def _clean(self, error: Any) -> str:
         """The server's words in one short line; some servers repeat the key."""
         text = " ".join(str(getattr(error, "message", error)).split())
-        return (text.replace(self._key, "[key]") if self._key else text)[:300]
+        return self._hide(text)[:300]
+
+    def _hide(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
 
 
 def _reply(answer: Any) -> Reply:

@@ -1,17 +1,17 @@
-"""F18 to F22 for generators: an OpenAI-compatible endpoint on the loopback device that fails in every known way."""
+"""F18 to F22: an OpenAI-compatible endpoint on the loopback device that fails in every known way."""
 
 from __future__ import annotations
 
 import time
 
 import pytest
-from fakes import Server, error, good
+from fault_server import Server, error, good
 
 pytest.importorskip("openai", reason="needs the extra [api]")
 
+from lm_eval_softverb.endpoints.backends import ChatRequest
+from lm_eval_softverb.endpoints.openai_chat import OpenAIChat, retry_after
 from lm_eval_softverb.errors import BackendError, ConfigError
-from lm_eval_softverb.generators.backends import ChatRequest
-from lm_eval_softverb.generators.openai_chat import OpenAIChat, retry_after
 
 CANARY = "sk-canary-0123456789"
 
