@@ -24,10 +24,11 @@ import torch
 
 from benchmarks.common import peak_mib, report, reset_peak
 from lm_eval_softverb.backbone import Backbone
-from lm_eval_softverb.decoding import eos_ids
+from lm_eval_softverb.decoding import eos_ids, kv_bytes
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.residual import decoder_layers
 from lm_eval_softverb.verbalizers.inspect_grid import Inspect, Pair, all_pairs
+from lm_eval_softverb.verbalizers.patching import CHUNK_BUDGET
 
 PROMPT = Path(__file__).parent / "prompts" / "sst2"
 
@@ -49,6 +50,8 @@ def main() -> None:
 def case(a: argparse.Namespace, prompt: SoftPrompt, dtype: str) -> dict[str, Any]:
     backbone = Backbone.load("smollm2-135m", dtype=dtype)
     pairs = all_pairs(len(decoder_layers(backbone)))
+    length = len(backbone.tokenizer.encode(" | ".join(x.text for x in Inspect().examples("labels")) + " |")) + prompt.n + a.new
+    chunk = a.rows or CHUNK_BUDGET // kv_bytes(backbone, length)
     sample = random.Random(a.seed).sample(pairs, a.cached)
     slow = sample[: a.uncached]
     passes = 0
@@ -71,7 +74,7 @@ def case(a: argparse.Namespace, prompt: SoftPrompt, dtype: str) -> dict[str, Any
         start = time.perf_counter()
         [texts["ours"]] = Inspect(rows=a.rows).grid(backbone, [prompt], kind="labels", max_new_tokens=a.new)
         times["ours"].append(time.perf_counter() - start)
-        peak, chunks = peak_mib(), -(-len(pairs) // a.rows) if a.rows else None
+        peak = peak_mib()
         handle.remove()
     ours = statistics.median(times["ours"])
     whole = {name: statistics.mean(times[name]) * len(pairs) for name in ("cached", "uncached")}
@@ -90,7 +93,7 @@ def case(a: argparse.Namespace, prompt: SoftPrompt, dtype: str) -> dict[str, Any
         "same_texts": same["cached"] + same["uncached"],
         "compared": len(texts["cached"]) + len(texts["uncached"]),
         "forward_passes": passes,
-        "chunks": chunks,
+        "chunks": -(-len(pairs) // chunk),
         "peak_mib": round(peak),
     }
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_eval_softverb.data.dod_tokens import PIECES
+from lm_eval_softverb.data.dod.tokens import PIECES
 
 SMALL = {"min_instances": 12, "rows": 12, "heldout": 4}
 
@@ -119,7 +119,7 @@ class PlainDod:
 
 def general_bank(root: Path):
     """Folder of a bank (manifest only) over a tiny clone, and its DoD; one test task has fewer rows than the others."""
-    from lm_eval_softverb.data.dod_general import GeneralDod
+    from lm_eval_softverb.data.dod.general import GeneralDod
 
     given = tasks()
     few = given["task4_black_four"]

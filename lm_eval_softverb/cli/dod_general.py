@@ -58,7 +58,7 @@ def _open(a: argparse.Namespace) -> Any:
 
 def list_tasks(a: argparse.Namespace) -> int:
     from lm_eval_softverb import storage
-    from lm_eval_softverb.data.dod_general import PAPER, GeneralDod
+    from lm_eval_softverb.data.dod.general import PAPER, GeneralDod
 
     if a.out and a.out.suffix not in (".csv", ".json"):
         raise ConfigError(f"--out is {a.out}, expected a .csv or .json file.")
@@ -100,7 +100,7 @@ def _write(path: Path, tasks: Sequence[dict[str, Any]], facts: dict[str, Any]) -
 
 def audit(a: argparse.Namespace) -> int:
     from lm_eval_softverb import storage
-    from lm_eval_softverb.data.dod_audit import NEAR, audit, summary
+    from lm_eval_softverb.data.dod.audit import NEAR, audit, summary
 
     near = NEAR if a.near is None else a.near
     if not 0 < near <= 1:

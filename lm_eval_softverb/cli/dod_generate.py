@@ -113,7 +113,7 @@ def generate(a: argparse.Namespace) -> int:
 
 
 def paraphrase(a: argparse.Namespace) -> int:
-    from lm_eval_softverb.data.dod_open import open_dod
+    from lm_eval_softverb.data.dod.opening import open_dod
     from lm_eval_softverb.generators import paraphrase as paraphrases
 
     config = paraphrases.ParaphraseConfig(**_given(a, paraphrases.ParaphraseConfig, max_tokens=a.max_new_tokens))

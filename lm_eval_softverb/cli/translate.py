@@ -208,7 +208,7 @@ def bridge(a: argparse.Namespace) -> int:
 def inputs(a: argparse.Namespace) -> int:
     from lm_eval_softverb import storage
     from lm_eval_softverb.bank import Bank
-    from lm_eval_softverb.data.dod_open import open_dod
+    from lm_eval_softverb.data.dod.opening import open_dod
 
     if a.most < 1:
         raise ConfigError(f"--most is {a.most}, expected at least 1.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lm_eval_softverb.data.dod import Dod
-from lm_eval_softverb.data.dod_open import open_dod, source_of
+from lm_eval_softverb.data.dod.opening import open_dod, source_of
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, did_you_mean
 from lm_eval_softverb.storage import read_jsonl, sha256_json
 
@@ -30,7 +30,7 @@ Open = Callable[[str, Mapping[str, Any]], Dod]
 
 
 def open_plain(source: str, settings: Mapping[str, Any]) -> Dod:
-    """:func:`~lm_eval_softverb.data.dod_open.open_dod` without a tokenizer, which does not decide what a task is."""
+    """:func:`~lm_eval_softverb.data.dod.opening.open_dod` without a tokenizer, which does not decide what a task is."""
     return open_dod(source, **{key: value for key, value in settings.items() if key not in ("cache", "tokenizer")})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_softverb import storage
-from lm_eval_softverb.data.dod_classification import FORMAT, SCHEMA
+from lm_eval_softverb.data.dod.classification import FORMAT, SCHEMA
 from lm_eval_softverb.errors import ArtifactError, OutputError
 
 

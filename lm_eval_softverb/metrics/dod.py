@@ -15,10 +15,10 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_softverb.data import dod_documents
 from lm_eval_softverb.data.dod import Dod
-from lm_eval_softverb.data.dod_open import open_dod, parse
-from lm_eval_softverb.data.dod_tokens import TokenCounter
+from lm_eval_softverb.data.dod import documents as dod_documents
+from lm_eval_softverb.data.dod.opening import open_dod, parse
+from lm_eval_softverb.data.dod.tokens import TokenCounter
 from lm_eval_softverb.metrics.rouge import rouge_l
 from lm_eval_softverb.pretrained import cache_dir, locate
 
@@ -33,7 +33,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def open_with(source: str, settings: Mapping[str, Any]) -> Dod:
-    """:func:`~lm_eval_softverb.data.dod_open.open_dod` with a manifest's settings: a tokenizer may be a packaged model's name.
+    """:func:`~lm_eval_softverb.data.dod.opening.open_dod` with a manifest's settings: a tokenizer may be a packaged model.
 
     Raises:
         SoftverbError: as ``open_dod``.
@@ -47,12 +47,12 @@ def open_with(source: str, settings: Mapping[str, Any]) -> Dod:
 
 
 def general(**metadata: Any) -> dict[str, Dataset]:
-    """``custom_dataset`` of the general tasks; see :func:`lm_eval_softverb.data.dod_documents.load`."""
+    """``custom_dataset`` of the general tasks; see :func:`lm_eval_softverb.data.dod.documents.load`."""
     return dod_documents.load("general", open_with, **metadata)
 
 
 def classification(**metadata: Any) -> dict[str, Dataset]:
-    """``custom_dataset`` of the classification tasks; see :func:`lm_eval_softverb.data.dod_documents.load`."""
+    """``custom_dataset`` of the classification tasks; see :func:`lm_eval_softverb.data.dod.documents.load`."""
     return dod_documents.load("classification", open_with, **metadata)
 
 

@@ -127,7 +127,7 @@ class Inspect:
         avoid: words, separated by "|", that no example description may have as a label (what is evaluated).
         placeholder: word whose (last) token fills the target prompt's n places.
         mode: ``fast``, or ``sequential``: the slow oracle, one pair at a time.
-        rows: layer pairs to work on together; 0 takes as many as 2 GiB of keys and values hold.
+        rows: layer pairs to work on together; 0 takes as many as 1 GiB of keys and values holds.
     """
 
     method: ClassVar[str] = "inspect"

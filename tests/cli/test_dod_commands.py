@@ -10,7 +10,7 @@ import pytest
 from toy_dods import SMALL, task, tasks, write_clone
 
 from lm_eval_softverb.cli.dod_general import add_arguments
-from lm_eval_softverb.data.dod_general import PAPER, GeneralDod
+from lm_eval_softverb.data.dod.general import PAPER, GeneralDod
 from lm_eval_softverb.errors import ConfigError
 
 

@@ -90,7 +90,7 @@ def test_bridge(tiny, tmp_path, capsys):
 
 def test_inputs_are_those_the_prompts_were_tuned_on(backbone, tmp_path, monkeypatch):
     dod, b = FakeDod(3), backbone("llama")
-    monkeypatch.setattr("lm_eval_softverb.data.dod_open.open_dod", lambda source: dod if source == "fake" else None)
+    monkeypatch.setattr("lm_eval_softverb.data.dod.opening.open_dod", lambda source: dod if source == "fake" else None)
     plain = toy_bank(b, tmp_path / "plain")
     items = [(p, {"prompt_id": f"p{i}", "task": f"task{i}"}) for i, p in enumerate(plain.prompts[:3])]
     bank = Bank.save(tmp_path / "bank", items)

@@ -12,8 +12,8 @@ from toy_dods import PlainDod
 
 from lm_eval_softverb.data.benchmarks import BENCHMARKS
 from lm_eval_softverb.data.dod import DodTask
-from lm_eval_softverb.data.dod_audit import audit, summary
-from lm_eval_softverb.data.dod_general import GeneralDod
+from lm_eval_softverb.data.dod.audit import audit, summary
+from lm_eval_softverb.data.dod.general import GeneralDod
 from lm_eval_softverb.data.rows import Row
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "natural_instructions"

@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 
 from lm_eval_softverb.data import labelsets
-from lm_eval_softverb.data.dod_classification import FORMAT, SCHEMA, ClassificationDod, Reading
+from lm_eval_softverb.data.dod.classification import FORMAT, SCHEMA, ClassificationDod, Reading
 from lm_eval_softverb.errors import ConfigError, DataError
 
 LABELS = ("red", "blue", "green")
@@ -75,7 +75,7 @@ def test_a_compressed_file_is_the_same(tmp_path, monkeypatch):
     packed = tmp_path / "d.sqlite.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert ClassificationDod.open(packed).sha256 == ClassificationDod.open(plain).sha256
-    monkeypatch.setattr("lm_eval_softverb.data.dod_classification.MAX_BYTES", 1000)
+    monkeypatch.setattr("lm_eval_softverb.data.dod.classification.MAX_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to more"):
         ClassificationDod.open(packed)
     packed.write_bytes(packed.read_bytes()[:200])

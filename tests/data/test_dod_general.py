@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from toy_dods import SMALL, instances, task, tasks, write_clone, write_hub, write_rebuilt
 
-from lm_eval_softverb.data import dod_classification, labelsets
+from lm_eval_softverb.data import labelsets
 from lm_eval_softverb.data.benchmarks import DATA_DIR
-from lm_eval_softverb.data.dod_draw import hold_out
-from lm_eval_softverb.data.dod_general import GeneralDod
-from lm_eval_softverb.data.dod_open import open_dod, source_of
-from lm_eval_softverb.data.dod_sources import CloneSource, RebuiltSource
-from lm_eval_softverb.data.dod_tokens import PIECES, TokenCounter
+from lm_eval_softverb.data.dod import classification as dod_classification
+from lm_eval_softverb.data.dod.draw import hold_out
+from lm_eval_softverb.data.dod.general import GeneralDod
+from lm_eval_softverb.data.dod.opening import open_dod, source_of
+from lm_eval_softverb.data.dod.sources import CloneSource, RebuiltSource
+from lm_eval_softverb.data.dod.tokens import PIECES, TokenCounter
 from lm_eval_softverb.data.rows import Row, data_sha256
 from lm_eval_softverb.errors import ConfigError, DataError, ModelUnavailable
 

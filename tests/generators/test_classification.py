@@ -15,7 +15,7 @@ import pytest
 from fakes import NOUNS, Writer
 from toys import ROOT
 
-from lm_eval_softverb.data.dod_classification import ClassificationDod, Reading
+from lm_eval_softverb.data.dod.classification import ClassificationDod, Reading
 from lm_eval_softverb.endpoints.backends import Metered, Price, Reply, read_price
 from lm_eval_softverb.errors import ArtifactError, BackendError, BudgetExceeded, ConfigError, DataError, OutputError
 from lm_eval_softverb.generators import prompts

@@ -107,7 +107,7 @@ def test_another_run_is_refused(tmp_path):
 def test_a_dod_that_lists_test_tasks_for_training_or_has_no_definitions_is_refused(tmp_path):
     with pytest.raises(DataError, match="split 'test'"):
         paraphrase(Tasks(lie=True), TEN, Metered(Rewriter()), tmp_path / "p.jsonl")
-    from lm_eval_softverb.data.dod_classification import ClassificationDod
+    from lm_eval_softverb.data.dod.classification import ClassificationDod
 
     with pytest.raises(DataError, match="no definition"):
         paraphrase(ClassificationDod.from_labelsets(), TEN, Metered(Rewriter()), tmp_path / "p.jsonl")

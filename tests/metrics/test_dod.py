@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from toy_dods import PlainDod, general_bank
 
-from lm_eval_softverb.data import dod_classification
 from lm_eval_softverb.data.dod import DodTask
+from lm_eval_softverb.data.dod import classification as dod_classification
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import DataError
 from lm_eval_softverb.metrics import dod as metrics

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from lm_eval_softverb import storage
-from lm_eval_softverb.data.dod_sources import Instance, RawTask
-from lm_eval_softverb.data.dod_tokens import PIECES, TokenCounter
+from lm_eval_softverb.data.dod.sources import Instance, RawTask
+from lm_eval_softverb.data.dod.tokens import PIECES, TokenCounter
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import ConfigError
 

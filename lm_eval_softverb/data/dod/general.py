@@ -2,7 +2,7 @@
 
 The paper's filters: English default split, at least 500 instances of at most 400 tokens, alternative outputs unwound into
 rows, 500 rows per task, the source's own train/test split. Corrected: at least 100 of the rows are held out, and no input
-stands on both sides; see :mod:`lm_eval_softverb.data.dod_draw`.
+stands on both sides; see :mod:`lm_eval_softverb.data.dod.draw`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.data.dod import DodTask
-from lm_eval_softverb.data.dod_draw import Settings, count_short, draw, hold_out, n_inputs
-from lm_eval_softverb.data.dod_sources import Source, find
-from lm_eval_softverb.data.dod_tokens import TokenCounter
+from lm_eval_softverb.data.dod.draw import Settings, count_short, draw, hold_out, n_inputs
+from lm_eval_softverb.data.dod.sources import Source, find
+from lm_eval_softverb.data.dod.tokens import TokenCounter
 from lm_eval_softverb.data.rows import data_sha256
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
 
@@ -86,7 +86,7 @@ class GeneralDod:
         cache: Path | None = None,
         **settings: Any,
     ) -> GeneralDod:
-        """Opens a clone, the rebuilt copies, or a hub dataset; see :func:`lm_eval_softverb.data.dod_sources.find`.
+        """Opens a clone, the rebuilt copies, or a hub dataset; see :func:`lm_eval_softverb.data.dod.sources.find`.
 
         Raises:
             ConfigError: settings out of range, or a task that does not exist.

@@ -47,10 +47,10 @@ def open_dod(source: str, **settings: Any) -> Dod:
     """
     kind, path = parse(source)
     if kind == "general":
-        from lm_eval_softverb.data.dod_general import GeneralDod
+        from lm_eval_softverb.data.dod.general import GeneralDod
 
         return GeneralDod.open(path or None, **settings)
-    from lm_eval_softverb.data.dod_classification import ClassificationDod, Reading
+    from lm_eval_softverb.data.dod.classification import ClassificationDod, Reading
 
     try:
         reading = Reading(**settings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lm_eval_softverb.data.dod import Dod, DodTask
-from lm_eval_softverb.data.dod_open import source_of
+from lm_eval_softverb.data.dod.opening import source_of
 from lm_eval_softverb.data.rows import data_sha256
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
 from lm_eval_softverb.storage import read_jsonl
@@ -52,8 +52,8 @@ def load(
         kind: of the DoD; prompts of the other kind are left to the other task.
         open_: opens a DoD.
         bank: folder of the bank whose prompts are scored.
-        dod: without a bank the DoD itself, as for :func:`~lm_eval_softverb.data.dod_open.open_dod`; with one, where its DoD is
-            on this machine.
+        dod: without a bank the DoD itself, as for :func:`~lm_eval_softverb.data.dod.opening.open_dod`; with one, where its DoD
+            is on this machine.
         split: ``train`` or ``test``; by default ``test`` where there is such a prompt (or task), else all.
         rows: at most this many rows per prompt (100).
 
