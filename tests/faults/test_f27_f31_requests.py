@@ -105,7 +105,7 @@ def test_f29_templates_in_documents_frames_and_prompts_stay_text(ours, random_pr
     rows = [{"text": f"{payload} {i}", "label": 0, "prompt_id": payload} for i in range(2)]
     prompt = random_prompt(0, placement="user_start", text=f"{payload} §", info={"note": payload})
     for chat in (False, True):
-        lm = ours("qwen2", peft=prompt, batch_size=2, max_length=400)
+        lm = ours("qwen2", peft=prompt, batch_size=2, max_length=800)
         arguments = {"apply_chat_template": True, "system_instruction": payload} if chat else {}
         results = evaluate(lm, [{**t, "rows": rows} for t in (CHOICE_TASK, GENERATE_TASK)], **arguments)
         for task in ("toy_mc", "toy_gen"):
