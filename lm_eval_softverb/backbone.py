@@ -45,9 +45,19 @@ class Prefix:
         """A cache for ``batch`` rows that begin with the one prefix; nothing is copied until the first new token."""
         return self._cache(config, lambda x: x.expand(batch, -1, -1, -1))
 
-    def select(self, groups: Tensor, config: Any) -> DynamicCache:
-        """A cache for rows of which the i-th begins with the prefix of group ``groups[i]``."""
-        return self._cache(config, lambda x: x[groups])
+    def repeat(self, counts: Sequence[int], config: Any) -> DynamicCache:
+        """A cache for ``counts[g]`` rows with the prefix of each group g, group by group.
+
+        Written with ``expand``, whose backward pass is a sum: indexing would add up the gradients of a group's rows one by one
+        in the model's dtype, and in bfloat16 that loses much of them.
+        """
+
+        def rows_of(x: Tensor) -> Tensor:
+            if len(set(counts)) == 1:
+                return x.unsqueeze(1).expand(-1, counts[0], *x.shape[1:]).flatten(0, 1)
+            return torch.cat([x[g : g + 1].expand(n, *x.shape[1:]) for g, n in enumerate(counts)])
+
+        return self._cache(config, rows_of)
 
     def _cache(self, config: Any, rows_of: Callable[[Tensor], Tensor]) -> DynamicCache:
         cache = DynamicCache(config=config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import CAUSAL, TINY, WINDOWED, make_model, make_tokenizer
 
-from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.backbone import Backbone, Prefix
 from lm_eval_softverb.errors import ModelUnavailable
 from lm_eval_softverb.prompt import SoftPrompt
 
@@ -239,3 +239,19 @@ def test_fingerprint_does_not_depend_on_the_name_or_folder(tiny, tmp_path):
     assert copy.name != b.fingerprint.name
     assert b.fingerprint.differences(copy) == []
     assert copy.tokenizer_sha256 == b.fingerprint.tokenizer_sha256
+
+
+@pytest.mark.parametrize("counts", [[16], [16, 16, 16], [16, 3, 9]])
+def test_gradients_of_a_repeated_prefix_are_rounded_once(backbone, counts):
+    """In bfloat16, adding up sixteen rows one by one loses what sums in float32 keep."""
+    model = backbone("llama")
+    generator = torch.Generator().manual_seed(0)
+    layers = model.text_config.num_hidden_layers
+    keys = torch.randn(len(counts), 2, 3, 4, generator=generator).bfloat16().requires_grad_()
+    prefix = Prefix(((keys, keys.detach()),) * layers, 3)
+    rows = prefix.repeat(counts, model.model.config).layers[0].keys
+    weights = (torch.rand(rows.shape, generator=generator) + 0.5).bfloat16()
+    (rows * weights).sum().backward()
+    expected = torch.stack([part.float().sum(0) for part in weights.split(counts)]).bfloat16()
+    assert torch.equal(rows[0], keys[0]) and torch.equal(rows[-1], keys[-1])
+    assert torch.equal(keys.grad, expected)

@@ -91,7 +91,7 @@ def loss_sums(backbone: Backbone, prompts: Sequence[Tensor], parts: Sequence[Par
         logits = backbone.logits(
             backbone.embed(backbone.tensor([moved(p, e.ids[skip:]) for p, e in flat]), rows),
             backbone.tensor([[0] * (len(e.context) - skip - 1) + [1] * len(e.target) for _, e in flat]).bool(),
-            cache=prefix.select(owner, backbone.model.config) if prefix else None,
+            cache=prefix.repeat([len(group) for group in groups], backbone.model.config) if prefix else None,
         )
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(exact, targets, reduction="none")
