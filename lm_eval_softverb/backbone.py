@@ -202,7 +202,7 @@ class Backbone:
         embeds: Tensor = self.embedding(ids.masked_fill(virtual, 0))
         if rows.shape[0] == 0 or not bool(virtual.any()):
             return embeds  # also spares the backward pass a scatter over all tokens
-        own = rows.to(embeds.dtype)[(-1 - ids).clamp(min=0)]
+        own = rows[(-1 - ids).clamp(min=0)].to(embeds.dtype)  # in this order the gradients of many rows add up in float32
         return torch.where(virtual.unsqueeze(-1), own, embeds)
 
     def prefix(self, ids: Sequence[int], rows: Tensor) -> Prefix | None:

@@ -255,3 +255,13 @@ def test_gradients_of_a_repeated_prefix_are_rounded_once(backbone, counts):
     expected = torch.stack([part.float().sum(0) for part in weights.split(counts)]).bfloat16()
     assert torch.equal(rows[0], keys[0]) and torch.equal(rows[-1], keys[-1])
     assert torch.equal(keys.grad, expected)
+
+
+def test_gradients_of_virtual_tokens_in_many_rows_add_up_in_float32(tiny):
+    """A slot behind the text of a row is embedded once per row."""
+    model = Backbone.load(tiny("llama"), dtype="bfloat16", device="cpu")
+    rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    embeds = model.embed(torch.tensor([[5, -1, -2]] * 40), rows)
+    weights = (torch.rand(embeds.shape, generator=torch.Generator().manual_seed(1)) + 0.5).bfloat16()
+    (embeds * weights).float().sum().backward()
+    torch.testing.assert_close(rows.grad, weights[:, 1:].float().sum(0), rtol=1e-5, atol=1e-5)
