@@ -180,7 +180,7 @@ def quickstart(
     print(f"\n{report.to_text([*lines, *differences])}\n")
     print("What the prompt says, by each method:")
     for name, text, recall, f1 in map(_cells, texts):
-        print(f"  {name:34}recall {recall:>4}  F1 {f1:>4}  {text[:120]!r}")
+        print(f"  {name:38}recall {recall:>4}  F1 {f1:>4}  {text[:120]!r}")
     print(f"Trained in {trained:.0f} s, all in {time.monotonic() - began:.0f} s. Page: {out / 'report.html'}")
     return [*lines, *differences]
 
