@@ -32,7 +32,7 @@ from lm_eval_softverb.models.harness import find_rows
 from lm_eval_softverb.tuners.config import SoftConfig, config
 from lm_eval_softverb.tuners.encoding import Example, epoch_batches
 from lm_eval_softverb.tuners.soft import train_together
-from lm_eval_softverb.tuners.training import Training, initial_rows, learning_rate
+from lm_eval_softverb.tuners.training import Training, initial_rows
 
 Job = tuple[list[Row], SoftConfig]
 
@@ -111,7 +111,7 @@ class Peer:
                 optimiser.zero_grad()
                 self.loss(batch).backward()
                 torch.nn.utils.clip_grad_norm_([self.weight], settings.max_grad_norm)
-                optimiser.param_groups[0]["lr"] = learning_rate(settings, step, training.total)
+                optimiser.param_groups[0]["lr"] = settings.rate(step, training.total)
                 optimiser.step()
                 step += 1
             with torch.no_grad():

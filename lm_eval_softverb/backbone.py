@@ -179,6 +179,12 @@ class Backbone:
         probes = [t.encode(text, add_special_tokens=False) for text in _PROBES]
         return storage.sha256_json([sorted(t.get_vocab().items()), probes, t.bos_token_id, t.eos_token_id])
 
+    def tokenize(self, text: str, first: bool = True) -> list[int]:
+        """Ids of ``text``; special tokens go around it only where it is ``first``, and not where it brings its BOS itself."""
+        bos = self.tokenizer.bos_token
+        special = first and not (bos and text.startswith(bos))
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
+
     def check_room(self, tokens: int, advice: str) -> None:
         """Refuses sequences that the model has no positions for.
 

@@ -24,6 +24,18 @@ SHARED = "bank.json"
 SCHEMA = 1
 
 
+def manifest_of(root: Path) -> Path:
+    """The manifest of a bank.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    manifest = root / MANIFEST
+    if not manifest.exists():
+        raise ArtifactError(f"{root} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete).")
+    return manifest
+
+
 @dataclass(frozen=True)
 class Bank:
     """Prompts and their manifest entries, in the same order.
@@ -44,9 +56,7 @@ class Bank:
             ArtifactError: no manifest, a path that leaves the folder, or a prompt that does not load.
         """
         root = Path(folder).expanduser()
-        manifest = root / MANIFEST
-        if not manifest.exists():
-            raise ArtifactError(f"{root} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete).")
+        manifest = manifest_of(root)
         fingerprint = _shared(root) if (root / SHARED).exists() else None
         prompts, entries, names = [], [], set[str]()
         for number, entry in storage.read_jsonl(manifest):

@@ -12,15 +12,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lm_eval_softverb.bank import manifest_of
 from lm_eval_softverb.data.dod import Dod
 from lm_eval_softverb.data.dod.opening import open_dod, source_of
-from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, did_you_mean
+from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
 from lm_eval_softverb.storage import read_jsonl, sha256_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MANIFEST = "manifest.jsonl"  # as in lm_eval_softverb.bank, which stands on the same floor
 Target = Literal["labels", "instructions"]
 FIELDS: dict[Target, str] = {"labels": "labels", "instructions": "instruction"}
 """Target → the manifest's field with the ground truth."""
@@ -71,11 +71,7 @@ def load(
             f"'{FIELDS[target]}'. Pass --model_args bank=DIR or, where the model takes none, "
             '--metadata \'{"bank": "DIR"}\'.'
         )
-    manifest = Path(str(bank)).expanduser() / MANIFEST
-    if not manifest.exists():
-        raise ArtifactError(
-            f"{manifest.parent} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete)."
-        )
+    manifest = manifest_of(Path(str(bank)).expanduser())
     docs, splits = _read(manifest, target, _Truth(str(dod) if dod else None, open_))
     wanted = str(split) if split is not None else "test" if "test" in splits else None
     chosen = [doc for doc, own in zip(docs, splits, strict=True) if wanted in (None, own)]

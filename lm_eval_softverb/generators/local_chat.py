@@ -82,8 +82,7 @@ class LocalChat:
         else:
             names = {"user": "Question", "assistant": "Answer"}
             text = "".join(f"{names.get(m['role'], 'Note')}: {m['content']}\n" for m in messages) + "Answer:"
-        special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-        return list(tokenizer.encode(text, add_special_tokens=special))
+        return self.backbone.tokenize(text)
 
     def _answer(self, contexts: list[list[int]], seeds: list[int], max_tokens: int, sampling: Sampling) -> list[Reply]:
         finished = self._stopper()

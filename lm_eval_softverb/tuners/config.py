@@ -77,6 +77,12 @@ class SoftConfig:
         if self.init == "text" and not self.init_text:
             raise ConfigError("init 'text' needs init_text, the text whose embeddings the prompt starts from.")
 
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of the 0-based ``step`` of ``total``."""
+        from lm_eval_softverb.fitting import learning_rate
+
+        return learning_rate(self.learning_rate, self.schedule, self.warmup, step, total)
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "frame": self.frame.to_json()}
 

@@ -38,13 +38,9 @@ def encode_rows(backbone: Backbone, rows: Sequence[Row], config: SoftConfig) -> 
     tokenizer, virtual = backbone.tokenizer, virtual_ids(0, config.tokens)
     bos = tokenizer.bos_token_id
 
-    def tokenize(text: str, first: bool) -> list[int]:
-        special = first and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-        return list(tokenizer.encode(text, add_special_tokens=special))
-
     def encode(text: str, output: str = "") -> list[int]:
         rendered = config.chat and config.frame.in_user_turn
-        return config.frame.encode(text, virtual, tokenize, bos, rendered=rendered, continuation=output)
+        return config.frame.encode(text, virtual, backbone.tokenize, bos, rendered=rendered, continuation=output)
 
     examples, cut = [], 0
     for row in rows:
@@ -55,7 +51,7 @@ def encode_rows(backbone: Backbone, rows: Sequence[Row], config: SoftConfig) -> 
         elif blanks := len(text) - len(text.rstrip()):
             text, output = text[:-blanks], text[-blanks:] + output
         if backbone.is_seq2seq:
-            context, target = encode(text), tokenize(output, False)
+            context, target = encode(text), backbone.tokenize(output, False)
         else:
             context = encode(text)
             target = encode(text, output)[len(context) :]

@@ -8,27 +8,18 @@ per pass, not once per row, and only target positions go through the LM head.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import shared_length
+from lm_eval_softverb.fitting import attention
 from lm_eval_softverb.tuners.encoding import Example
-
-# Tokens of one training pass; activations for the backward pass grow with them, speed does not beyond.
-TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 1 << 15
 
 Part = tuple[int, Sequence[Example]]
 """Index of a prompt, and the rows of it that are in one pass."""
-
-
-def tokens_per_pass(backbone: Backbone) -> int:
-    """A default that keeps matrix products large and memory small."""
-    return TOKENS_ON_CPU if backbone.device.type == "cpu" else TOKENS_ON_GPU
 
 
 def passes(batches: Sequence[Sequence[Example]], max_tokens: int) -> Iterator[list[Part]]:
@@ -106,7 +97,7 @@ def backward(
     means = torch.zeros(len(batches), device=backbone.device, dtype=torch.float64)
     for parts in passes(batches, max_tokens):
         index = torch.tensor([i for i, _ in parts], device=backbone.device)
-        with _attention(backbone):
+        with attention(backbone):
             found = loss_sums(backbone, prompts, parts) / tokens[index]
             found.sum().backward()
         means[index] += found.detach().double()
@@ -124,10 +115,3 @@ def mean_losses(
         for (i, _), value in zip(parts, loss_sums(backbone, prompts, parts).tolist(), strict=True):
             sums[i] += value
     return [total / sum(len(e.target) for e in batch) for total, batch in zip(sums, batches, strict=True)]
-
-
-def _attention(backbone: Backbone) -> AbstractContextManager[None]:
-    """On a CPU the backward pass of fused attention in bfloat16 outweighs all matrix products; written out it does not."""
-    if backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16:
-        return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
-    return nullcontext()

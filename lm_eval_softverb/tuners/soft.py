@@ -19,10 +19,11 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import is_out_of_memory
 from lm_eval_softverb.data.rows import Row
 from lm_eval_softverb.errors import NonFiniteError
+from lm_eval_softverb.fitting import tokens_per_pass
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.tuners.config import SoftConfig
 from lm_eval_softverb.tuners.encoding import Example
-from lm_eval_softverb.tuners.loss import backward, mean_losses, tokens_per_pass
+from lm_eval_softverb.tuners.loss import backward, mean_losses
 from lm_eval_softverb.tuners.training import Training
 
 Outcome = tuple[Training, SoftPrompt | NonFiniteError]

@@ -41,19 +41,6 @@ def initial_rows(backbone: Backbone, config: SoftConfig) -> Tensor:
     return backbone.embedding.weight[chosen.to(backbone.device)].detach().float().cpu()
 
 
-def learning_rate(config: SoftConfig, step: int, total: int) -> float:
-    """Learning rate of the 0-based ``step`` of ``total``."""
-    warm = int(config.warmup * total)
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - done)
-    if config.schedule == "cosine":
-        return float(config.learning_rate * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
-    return config.learning_rate
-
-
 @dataclass
 class Progress:
     """What changes from step to step, beside tensors."""
@@ -206,7 +193,7 @@ class Training:
         if config.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_([self.prompt], config.max_grad_norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, p.step, self.total)
+            group["lr"] = config.rate(p.step, self.total)
         self.optimiser.step()
         self.prompt.grad = None
         p.step, p.cursor, p.epoch_loss = p.step + 1, p.cursor + 1, p.epoch_loss + loss

@@ -124,15 +124,13 @@ def _context(backbone: Backbone, prompt: SoftPrompt, slot: Sequence[int], text: 
     """Ids of an input with ``slot`` in the prompt's place, rendered as the prompt was trained."""
     tokenizer = backbone.tokenizer
 
-    def tokenize(part: str, first: bool) -> list[int]:
-        special = first and not (tokenizer.bos_token and part.startswith(tokenizer.bos_token))
-        return list(tokenizer.encode(part, add_special_tokens=special))
-
     text, config = text.rstrip(), prompt.info.get("config")  # a boundary blank belongs to the answer
     chat = isinstance(config, dict) and config.get("chat") is True
     if chat:
         text, _ = render_chat(tokenizer, prompt.frame.wrap_chat([{"role": "user", "content": text}]), True, {})
-    return prompt.frame.encode(text, slot, tokenize, tokenizer.bos_token_id, rendered=chat and prompt.frame.in_user_turn)
+    return prompt.frame.encode(
+        text, slot, backbone.tokenize, tokenizer.bos_token_id, rendered=chat and prompt.frame.in_user_turn
+    )
 
 
 @torch.no_grad()

@@ -129,10 +129,6 @@ class SelfVerb:
         """Ids of the question about ``frames``, rendered for the model to answer."""
         tokenizer = backbone.tokenizer
 
-        def tokenize(text: str, first: bool) -> list[int]:
-            special = first and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-            return list(tokenizer.encode(text, add_special_tokens=special))
-
         commands = " or ".join(f'"{frame}"' for frame in frames)
         text = mark_slots((self.question or QUESTIONS[kind]).replace(COMMANDS, commands))
         prefill = self.prefill
@@ -140,7 +136,7 @@ class SelfVerb:
             text, _ = render_chat(tokenizer, [{"role": "user", "content": text}], True, {})
         else:
             text, prefill = f"Question: {text}\nAnswer:", prefill and f" {prefill}"
-        return tuple(splice(text, [virtual] * len(frames), tokenize, prefill))
+        return tuple(splice(text, [virtual] * len(frames), backbone.tokenize, prefill))
 
 
 @dataclass(frozen=True)

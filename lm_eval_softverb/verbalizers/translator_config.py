@@ -62,10 +62,9 @@ class FitConfig:
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of the 0-based ``step`` of ``total``."""
-        warm = int(self.warmup * total)
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * (1 - (step - warm) / max(1, total - warm) if self.schedule == "linear" else 1)
+        from lm_eval_softverb.fitting import learning_rate
+
+        return learning_rate(self.learning_rate, self.schedule, self.warmup, step, total)
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lm_eval_softverb import checkpoint, storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import is_out_of_memory
 from lm_eval_softverb.errors import NonFiniteError
+from lm_eval_softverb.fitting import attention, tokens_per_pass
 from lm_eval_softverb.verbalizers.translator_config import FitConfig
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
 E = TypeVar("E")
-# Padded tokens of one forward and backward pass; a batch of more is accumulated.
-TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 1 << 15
 
 
 class Objective(Protocol[E]):
@@ -114,7 +111,7 @@ class Fit(Generic[E]):
     ) -> None:
         self.backbone, self.layers, self.objective, self.config = backbone, layers, objective, config
         self.folder, self.run = out / "checkpoint", run
-        self.size = max_tokens or (TOKENS_ON_CPU if backbone.device.type == "cpu" else TOKENS_ON_GPU)
+        self.size = max_tokens or tokens_per_pass(backbone)
         self.processes = Processes()
         self.progress = Progress()
         self.parameters = list(layers.parameters.values())
@@ -199,7 +196,7 @@ class Fit(Generic[E]):
         self.optimiser.zero_grad()  # also of an attempt that ran out of memory
         device, total = self.backbone.device, 0.0
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.layers.on(training=True), _attention(self.backbone):
+        with torch.random.fork_rng(devices=devices), self.layers.on(training=True), attention(self.backbone):
             # Dropout depends on the seed, the step and the process only, so a resumed run draws the same masks.
             own = storage.sha256_json([self.config.seed, self.progress.step, self.processes.rank])
             torch.manual_seed(int(own[:15], 16))
@@ -279,10 +276,3 @@ class Fit(Generic[E]):
                 "step": torch.tensor(float(self.progress.step)),
                 **{key: tensors[f"{key}/{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
             }
-
-
-def _attention(backbone: Backbone) -> AbstractContextManager[None]:
-    """On a CPU the backward pass of fused attention in bfloat16 outweighs all matrix products; written out it does not."""
-    if backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16:
-        return sdpa_kernel(SDPBackend.MATH)  # type: ignore[no-any-return]
-    return nullcontext()

@@ -9,8 +9,9 @@ import torch
 from toys import FakeDod
 
 from lm_eval_softverb import bank as banks
+from lm_eval_softverb.bank import MANIFEST
 from lm_eval_softverb.data import verbalization
-from lm_eval_softverb.data.verbalization import MANIFEST, load
+from lm_eval_softverb.data.verbalization import load
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.storage import sha256_json
@@ -40,7 +41,8 @@ def docs(*args, **kw):
 
 
 def test_the_manifest_has_one_name():
-    assert MANIFEST == banks.MANIFEST
+    assert verbalization.manifest_of is banks.manifest_of
+    assert MANIFEST == banks.MANIFEST == "manifest.jsonl"
 
 
 def test_labels_of_the_test_split_by_default(write):

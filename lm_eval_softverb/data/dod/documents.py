@@ -14,16 +14,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lm_eval_softverb.bank import manifest_of
 from lm_eval_softverb.data.dod import Dod, DodTask
 from lm_eval_softverb.data.dod.opening import source_of
 from lm_eval_softverb.data.rows import data_sha256
-from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
+from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.storage import read_jsonl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MANIFEST = "manifest.jsonl"  # as in lm_eval_softverb.bank, which stands on the same floor
 ROWS = 100
 Kind = Literal["general", "classification"]
 Open = Callable[[str, Mapping[str, Any]], Dod]
@@ -114,9 +114,7 @@ def _number(rows: object) -> int:
 
 def _from_bank(folder: Path, kind: Kind, override: str | None) -> tuple[list[_Wanted], str]:
     """The prompts of one kind, and the manifest's name."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        raise ArtifactError(f"{folder} is no bank: {MANIFEST} is missing (it is written last, so the bank is incomplete).")
+    manifest = manifest_of(folder)
     found: list[_Wanted] = []
     others = Counter[str]()
     names = set[str]()
