@@ -216,7 +216,11 @@ def decode(
     sums = torch.zeros(batch, dtype=torch.float64, device=logits.device)
     held = list(range(batch))  # the row at each place of the cache, finished ones included until they leave
     open_rows = set(held)
+    few = bool(streams) and sampling.top_k > 0 and not sampling.reads_text and not score
     for step in range(max_new_tokens):
+        if few:  # nothing is sorted or summed over the vocabulary
+            ids = logits.topk(min(sampling.top_k, logits.shape[-1])).indices.sort().values  # as equals may change places
+            logits = logits.float().gather(1, ids)
         if processors:
             logits = logits.float()
         if sampling.reads_text:
@@ -225,6 +229,8 @@ def decode(
         elif processors:
             logits = processors(positions, logits)
         chosen = _pick(logits, [streams[i] for i in held] if streams else [])
+        if few:
+            chosen = ids.gather(1, chosen[:, None])[:, 0]
         if score:
             _add_scores(sums, logits, chosen, [(p, i) for p, i in enumerate(held) if i in open_rows])
         tokens = chosen.tolist()

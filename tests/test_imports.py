@@ -22,7 +22,7 @@ FLOORS = [
     {"storage", "plugin"},
     {"frame", "checkpoint"},
     {"prompt"},
-    {"bank", "chat", "pretrained"},
+    {"attention", "bank", "chat", "pretrained"},
     {"data", "backbone"},
     {"batching", "decoding", "residual", "endpoints", "fitting"},
     {"metrics"},

@@ -30,6 +30,7 @@ def add_generate(group: Any) -> None:
         """
   softverb dod generate --out dod.sqlite --sets 5 --sentences 12 --filter
   softverb dod generate --out dod.sqlite --model DIR --sets 250 --sentences 24 --filter
+  softverb dod generate --out dod.sqlite --cues cues.txt --sentences 24
   softverb dod generate --out dod.sqlite --backend openai --model gpt-4o-mini --prices prices.json --plan
   softverb dod generate --out dod.sqlite --backend openai --base-url http://127.0.0.1:8000/v1 --model m --max-dollars 5
 
@@ -42,8 +43,9 @@ Run the same command again after an interruption: finished label sets are kept, 
     p.add_argument("--sentences", type=int, help="sentences per label (default: 100)")
     p.add_argument("--variant", help="tight: labels of one kind (default), or preliminary: labels need not be related")
     p.add_argument(
-        "--style", help="list: ask for sentences outright; passages: for small models (default with --backend local)"
+        "--style", help="list: ask for sentences outright; passages: for small models (default with --backend local); cues"
     )
+    p.add_argument("--cues", type=Path, help="your own label sets: '# topic', and below it lines 'label: phrase; phrase; …'")
     p.add_argument("--temperature", type=float, help="of sentences (default: 0.4)")
     p.add_argument("--label-temperature", type=float, help="of labels (default: 0.7)")
     p.add_argument("--top-p", type=float, help="of sentences (default: 0.95)")
@@ -98,16 +100,35 @@ Definitions of test tasks are never paraphrased. Run the same command again afte
 def generate(a: argparse.Namespace) -> int:
     from lm_eval_softverb.generators import classification
     from lm_eval_softverb.generators.config import ClassificationConfig, read_words
+    from lm_eval_softverb.generators.cues import read_cues
 
     given = _given(a, ClassificationConfig, max_tokens=a.max_new_tokens, avoid=False if a.no_avoid else None)
-    if (given.get("style") or ("passages" if a.backend == "local" else "list")) == "passages":
-        given = {"style": "passages", "per_request": 1, "max_tokens": 100, **given}
+    cued = read_cues(a.cues) if a.cues else ()
+    style = given.setdefault("style", "cues" if cued else "passages" if a.backend == "local" else "list")
+    if style == "passages":
+        given = {"per_request": 1, "max_tokens": 100, **given}
+    if style == "cues":
+        given = {
+            "sets": len(cued),
+            "per_request": 1,
+            "max_tokens": 40,
+            "requests": 40,
+            "batch": 256,
+            "temperature": 0.8,
+            **given,
+        }
     config, words = ClassificationConfig(**given), read_words(a.words_file)
     backend = _backend(a)
     if a.plan:
-        return _show(*classification.plan(config, backend, _price(a), words))
+        return _show(*classification.plan(config, backend, _price(a), words, cued))
     counts = classification.generate(
-        config, _metered(a, backend), a.out, words=words, judge=_judge(a, backend), progress=None if a.quiet else _tell
+        config,
+        _metered(a, backend),
+        a.out,
+        words=words,
+        cued=cued,
+        judge=_judge(a, backend),
+        progress=None if a.quiet else _tell,
     )
     return _done(a.out, counts, "sets")
 

@@ -10,32 +10,41 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.endpoints.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price, Usage
-from lm_eval_softverb.errors import BackendError
+from lm_eval_softverb.errors import ArtifactError, BackendError, ConfigError
 from lm_eval_softverb.generators import prompts
 from lm_eval_softverb.generators.config import ClassificationConfig, evaluation_labels, read_words
+from lm_eval_softverb.generators.cues import CuedSet, echoes
 from lm_eval_softverb.generators.judging import Judge
 from lm_eval_softverb.generators.store import Store, open_store
 
 
 def plan(
-    config: ClassificationConfig, backend: ChatBackend, price: Price = FREE, words: Sequence[str] = ()
+    config: ClassificationConfig,
+    backend: ChatBackend,
+    price: Price = FREE,
+    words: Sequence[str] = (),
+    cued: Sequence[CuedSet] = (),
 ) -> tuple[Plan, Plan]:
     """What ``config.sets`` label sets take if every answer is used, and if every attempt is needed; nothing is sent.
 
     Sets that are given up come on top of the second; only a budget bounds those.
     """
     words = words or read_words()
+    _check(config, cued)
     label = _label_requests(config, words, 0)[0]
-    names = [f"example{'e' * i}" for i in range(config.labels)]
-    numbers = (_needed(config, config.sentences, config.per_request), config.requests)
-    least, most = ([r for _, r in _sentence_requests(config, words, 0, 0, dict.fromkeys(names, n), names)] for n in numbers)
-    per_set = [(1, least), (config.label_attempts, least + most * (config.attempts - 1))]
+    names = list(cued[0].cues) if cued else [f"example{'e' * i}" for i in range(config.labels)]
+    cues = cued[0].cues if cued else {}
+    numbers = (_needed(config, config.sentences, config.expected), config.requests)
+    least, most = (
+        [a.request for a in _sentence_requests(config, words, 0, 0, dict.fromkeys(names, n), names, cues)] for n in numbers
+    )
+    per_set = [(0 if cued else 1, least), (0 if cued else config.label_attempts, least + most * (config.attempts - 1))]
     plans = []
     for labels, requests in per_set:
         prompt = labels * backend.count(label) + sum(map(backend.count, requests))
@@ -51,6 +60,7 @@ def generate(
     out: Path,
     *,
     words: Sequence[str] = (),
+    cued: Sequence[CuedSet] = (),
     judge: Judge | None = None,
     progress: Callable[[int, int, dict[str, int]], None] | None = None,
 ) -> dict[str, int]:
@@ -58,6 +68,7 @@ def generate(
 
     Args:
         meter: the model and what it may cost; gets the usage of earlier runs of the file added.
+        cued: label sets with cues, for the style ``cues``; no labels are asked for then.
         progress: told after each set: sets there, sets wanted, counts.
 
     Returns:
@@ -65,18 +76,30 @@ def generate(
 
     Raises:
         ArtifactError: ``out`` was made with other settings.
+        ConfigError: cues without their style or the other way round, of other numbers of labels, or too few label sets.
         BackendError: the model cannot be used, or ``give_up`` sets in a row came to nothing.
         BudgetExceeded: before the call that might cost too much.
     """
     words = tuple(words) or read_words()
+    _check(config, cued)
     identity = {**asdict(config), "backend": meter.backend.identity(), "judge": judge.identity() if judge else None}
     identity |= {"words": storage.sha256_json(words), "prompts": prompts.identity()}
     del identity["sets"]  # a longer run begins like a shorter one
     with open_store(out, identity) as store:
         meter.usage = Usage(**store.get("usage", {}))
-        run = _Run(config, meter, judge, words, store)
+        written = [storage.sha256_json([s.topic, list(s.cues.items())]) for s in cued]
+        before = store.get("cues", [])
+        if written[: len(before)] != before:
+            raise ArtifactError(
+                f"{out} was begun with other cues. Label sets may be added behind those it has; for changed ones, write "
+                "another file."
+            )
+        store.put(cues=written)
+        run = _Run(config, meter, judge, words, cued, store)
         while run.counts["sets"] < config.sets:
             index = int(store.get("next", 0))
+            if cued and index == len(cued):
+                break
             failed = int(store.get("failed_in_a_row", 0))
             if failed >= config.give_up:
                 store.put(failed_in_a_row=0)  # the same command tries again further on
@@ -100,9 +123,15 @@ class _Run:
     """What must be remembered between label sets."""
 
     def __init__(
-        self, config: ClassificationConfig, meter: Metered, judge: Judge | None, words: Sequence[str], store: Store
+        self,
+        config: ClassificationConfig,
+        meter: Metered,
+        judge: Judge | None,
+        words: Sequence[str],
+        cued: Sequence[CuedSet],
+        store: Store,
     ) -> None:
-        self.config, self.meter, self.judge, self.words, self.store = config, meter, judge, words, store
+        self.config, self.meter, self.judge, self.words, self.cued, self.store = config, meter, judge, words, cued, store
         self.counts: Counter[str] = Counter(store.get("counts", {}))
         self.avoided = evaluation_labels() if config.avoid else frozenset[str]()
         self._with: dict[str, list[int]] = {}  # stem of a label → numbers of the sets that have it
@@ -122,8 +151,22 @@ class _Run:
 
     def one(self, index: int) -> tuple[list[str], dict[str, list[str]]]:
         """The words that primed set ``index``, and its sentences by label; empty when it came to nothing."""
-        primed, labels = self._labels(index)
+        primed, labels = self._written(index) if self.cued else self._labels(index)
         return primed, self._fill(index, labels) if labels else {}
+
+    def _written(self, index: int) -> tuple[list[str], list[str]]:
+        """Topic and labels of a set with cues; no labels where they cannot be used."""
+        cued = self.cued[index]
+        known = self.judge.knows if self.judge else bool
+        chosen, refused = prompts.choose_labels(cued.cues, self.config.labels, self.avoided, known)
+        self.counts.update(refused)
+        if len(chosen) < self.config.labels:
+            self.counts["set_too_few_labels"] += 1
+        elif reason := self._known(chosen):
+            self.counts[reason] += 1
+        else:
+            return cued.topic.split(), chosen
+        return [], []
 
     def _ask(self, requests: Sequence[ChatRequest]) -> list[tuple[str, bool]]:
         """Text and whether it was cut off, per request; no text where the request was refused."""
@@ -170,19 +213,20 @@ class _Run:
         seen: set[str] = set()
         sent = dict.fromkeys(labels, 0)
         keep = self.judge.start(labels) if self.judge else None
+        cues = self.cued[index].cues if self.cued else {}
         for turn in range(config.attempts):
             missing = {label: config.sentences - len(s) for label, s in found.items() if len(s) < config.sentences}
             if not missing or (turn == 2 and not all(found.values())):  # nothing in two rounds: the rest would be wasted
                 break
-            rates = {label: len(found[label]) / sent[label] if sent[label] else config.per_request for label in missing}
+            rates = {label: len(found[label]) / sent[label] if sent[label] else config.expected for label in missing}
             numbers = {label: _needed(config, need, rates[label]) for label, need in missing.items()}
-            asked = _sentence_requests(config, self.words, index, turn, numbers, labels)
+            asked = _sentence_requests(config, self.words, index, turn, numbers, labels, cues)
             for label, number in numbers.items():
                 sent[label] += number
             self.counts["sentence_requests"] += len(asked)
             fresh: dict[str, list[str]] = {label: [] for label in labels}
-            for (label, _), (text, cut) in zip(asked, self._ask([r for _, r in asked]), strict=True):
-                fresh[label] += self._usable(text, cut, label, labels, seen, [*found[label], *fresh[label]])
+            for a, (text, cut) in zip(asked, self._ask([a.request for a in asked]), strict=True):
+                fresh[a.label] += self._usable(text, cut, a, labels, seen, [*found[a.label], *fresh[a.label]])
             if keep:
                 for label, verdict in keep(fresh).items():
                     self.counts["sentence_fits_another_label"] += verdict.count(False)
@@ -199,7 +243,7 @@ class _Run:
         return found
 
     def _usable(
-        self, text: str, cut: bool, label: str, labels: Sequence[str], seen: set[str], before: Sequence[str]
+        self, text: str, cut: bool, asked: _Asked, labels: Sequence[str], seen: set[str], before: Sequence[str]
     ) -> list[str]:
         """Sentences of one answer; ``before`` are those that the label has already."""
         usable: list[str] = []
@@ -207,9 +251,11 @@ class _Run:
         self.counts["sentence_cut_off"] += lost
         for written in sentences:
             self.counts["sentences_read"] += 1
-            sentence = prompts.without_subject(written, label)
+            sentence = prompts.without_subject(written, asked.label)
             self.counts["subject_replaced"] += sentence != written
-            fault = prompts.sentence_fault(sentence, label, labels, (self.config.min_words, self.config.max_words))
+            fault = prompts.sentence_fault(sentence, asked.label, labels, (self.config.min_words, self.config.max_words))
+            if not fault and asked.cue and not echoes(sentence, asked.cue):
+                fault = "sentence_misses_cue"
             digest = _digest(sentence)
             if not fault and (digest in seen or digest in self._sentences):
                 fault = "sentence_twice"
@@ -249,21 +295,49 @@ def _label_requests(config: ClassificationConfig, words: Sequence[str], index: i
     ]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request for sentences of one label, and the cue they are to be about."""
+
+    label: str
+    request: ChatRequest
+    cue: str = ""
+
+
 def _sentence_requests(
-    config: ClassificationConfig, words: Sequence[str], index: int, turn: int, numbers: Mapping[str, int], labels: Sequence[str]
-) -> list[tuple[str, ChatRequest]]:
-    """``numbers[label]`` requests for each label, as (label, request)."""
+    config: ClassificationConfig,
+    words: Sequence[str],
+    index: int,
+    turn: int,
+    numbers: Mapping[str, int],
+    labels: Sequence[str],
+    cues: Mapping[str, Sequence[str]],
+) -> list[_Asked]:
+    """``numbers[label]`` requests for each label."""
     asked = []
     for label, number in numbers.items():
         others = [other for other in labels if other != label]
         for k in range(number):
-            seed = _seed(config.seed, index, label, turn, k)
-            hint = random.Random(seed).choice(list(words))
-            form = turn * config.requests + k
-            question = prompts.sentence_question(config.style, label, others, hint, config.per_request, form)
+            seed, form = _seed(config.seed, index, label, turn, k), turn * config.requests + k
+            cue = cues[label][form % len(cues[label])] if cues else ""
+            if cue:
+                turns = prompts.cue_turns(cue, _seed(config.seed, index, turn))
+            else:
+                hint = random.Random(seed).choice(list(words))
+                turns = [prompts.sentence_question(config.style, label, others, hint, config.per_request, form)]
             sampling = {"temperature": config.temperature, "top_p": config.top_p, "seed": seed}
-            asked.append((label, ChatRequest.of(question, max_tokens=config.max_tokens, **sampling)))
+            asked.append(_Asked(label, ChatRequest.of(*turns, max_tokens=config.max_tokens, **sampling), cue))
     return asked
+
+
+def _check(config: ClassificationConfig, cued: Sequence[CuedSet]) -> None:
+    if bool(cued) != (config.style == "cues"):
+        raise ConfigError(
+            f"The style is {config.style} and there are {len(cued)} label sets with cues; the style 'cues' needs them "
+            "(--cues FILE), the others take none."
+        )
+    if few := [s.topic for s in cued if len(s.cues) < config.labels]:
+        raise ConfigError(f"The label set {few[0]!r} has fewer than {config.labels} labels. Add some, or ask for fewer.")
 
 
 def _needed(config: ClassificationConfig, missing: int, per_request: float) -> int:

@@ -23,7 +23,8 @@ class ClassificationConfig:
         sentences: per label; a set that misses one is dropped and counted.
         variant: ``tight`` (labels of one kind) or ``preliminary`` (labels that need not be related).
         style: ``list`` asks for sentences of one label outright; ``passages`` asks small models for facts and scenes, which
-            they write better, and cuts them into sentences.
+            they write better, and cuts them into sentences; ``cues`` asks for one sentence on each cue of label sets
+            that somebody wrote (:mod:`lm_eval_softverb.generators.cues`).
         temperature: of sentences; ``label_temperature``: of labels, higher since each set is asked for few times.
         top_p, label_top_p: likewise; small models invent words out of the tail.
         words: that prime a label set.
@@ -43,7 +44,7 @@ class ClassificationConfig:
     labels: int = 5
     sentences: int = 100
     variant: Literal["tight", "preliminary"] = "tight"
-    style: Literal["list", "passages"] = "list"
+    style: Literal["list", "passages", "cues"] = "list"
     temperature: float = 0.4
     label_temperature: float = 0.7
     top_p: float = 0.95
@@ -62,9 +63,9 @@ class ClassificationConfig:
     give_up: int = 50
 
     def __post_init__(self) -> None:
-        if self.variant not in ("tight", "preliminary") or self.style not in ("list", "passages"):
+        if self.variant not in ("tight", "preliminary") or self.style not in ("list", "passages", "cues"):
             raise ConfigError(
-                f"variant is {self.variant!r} and style {self.style!r}; expected tight or preliminary, list or passages."
+                f"variant is {self.variant!r} and style {self.style!r}; expected tight or preliminary; list, passages or cues."
             )
         whole = ("sets", "sentences", "words", "per_request", "max_tokens", "label_attempts", "attempts", "requests", "batch")
         low = [name for name in (*whole, "min_words", "give_up") if getattr(self, name) < 1]
@@ -82,6 +83,11 @@ class ClassificationConfig:
                 f"temperature is {self.temperature}, label_temperature {self.label_temperature}, top_p {self.top_p}, "
                 f"label_top_p {self.label_top_p}; expected temperatures of 0 or more, and a top_p above 0 up to 1."
             )
+
+    @property
+    def expected(self) -> float:
+        """Usable sentences that a request brings, as long as nothing is known about a label."""
+        return 0.75 if self.style == "cues" else self.per_request
 
 
 def read_words(path: Path | None = None) -> tuple[str, ...]:

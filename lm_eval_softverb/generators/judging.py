@@ -52,7 +52,13 @@ class LikelihoodJudge:
         self._chat = LocalChat(backbone)
 
     def identity(self) -> dict[str, Any]:
-        return {"judge": "likelihood", "question": QUESTION, "margin": self.margin, **self._chat.identity()}
+        return {
+            "judge": "likelihood",
+            "rule": "first token",
+            "question": QUESTION,
+            "margin": self.margin,
+            **self._chat.identity(),
+        }
 
     def start(self, labels: Sequence[str]) -> Verdicts:
         seen: dict[str, list[list[float]]] = {label: [] for label in labels}
@@ -79,7 +85,11 @@ class LikelihoodJudge:
         return len(self.backbone.tokenizer.encode(f" {label}", add_special_tokens=False)) <= 2
 
     def scores(self, labels: Sequence[str], sentences: Sequence[str]) -> list[list[float]]:
-        """Log-likelihood of each label after the question about each sentence, [sentences][labels]."""
+        """Log-likelihood of each label after the question about each sentence, [sentences][labels].
+
+        Where all labels begin with different tokens, that of the first one: an answer that must be one of the labels is
+        decided by it, and each sentence is read once, not once per label.
+        """
         backbone = self.backbone
         space = "" if backbone.tokenizer.chat_template else " "
         answers = [list(backbone.tokenizer.encode(space + label, add_special_tokens=False)) for label in labels]
@@ -89,28 +99,33 @@ class LikelihoodJudge:
         ]
         if not contexts:
             return []
-        rows = [(context, answer) for context in contexts for answer in answers]
-        backbone.check_room(max(len(c) + len(a) for c, a in rows), "Use a judge with a longer context.")
+        firsts = [answer[0] for answer in answers]
+        decided = len(set(firsts)) == len(labels)
+        tails: list[list[int]] = [[]] if decided else [answer[:-1] for answer in answers]
+        rows = [(context, tail, i) for context in contexts for i, tail in enumerate(tails)]
+        backbone.check_room(max(len(c) + len(t) for c, t, _ in rows), "Use a judge with a longer context.")
         shared = min(shared_length(contexts), min(map(len, contexts)) - 1)
-        found: dict[int, float] = {}
+        found: dict[int, list[float]] = {}
         with torch.no_grad():
             prefix = backbone.prefix(contexts[0][:shared], backbone.stack([])) if shared > 0 else None
             skip = prefix.length if prefix else 0
 
-            def run(part: Sequence[int]) -> list[float]:
-                pairs = [(rows[i][0][skip:], rows[i][1]) for i in part]
-                ids = backbone.tensor([[*context, *answer[:-1]] for context, answer in pairs])
+            def run(part: Sequence[int]) -> list[list[float]]:
+                ids = backbone.tensor([[*rows[i][0][skip:], *rows[i][1]] for i in part])
                 keep = torch.zeros(ids.shape, dtype=torch.bool)
-                for row, (context, answer) in enumerate(pairs):
-                    keep[row, len(context) - 1 : len(context) - 1 + len(answer)] = True
+                for row, i in enumerate(part):
+                    context, tail, _ = rows[i]
+                    keep[row, len(context) - skip - 1 : len(context) - skip + len(tail)] = True
                 cache = prefix.expand(len(part), backbone.model.config) if prefix else None
                 logits = backbone.logits(backbone.embed(ids, backbone.stack([])), keep, cache=cache)
-                split = logits.float().log_softmax(-1).split([len(answer) for _, answer in pairs])
-                return [
-                    float(x.gather(1, backbone.tensor([answer]).T).sum()) for x, (_, answer) in zip(split, pairs, strict=True)
-                ]
+                likely = logits.float().log_softmax(-1)
+                if decided:
+                    return [[float(x) for x in row] for row in likely[:, firsts].tolist()]
+                split = likely.split([len(rows[i][1]) + 1 for i in part])
+                wanted = [backbone.tensor([answers[rows[i][2]]]).T for i in part]
+                return [[float(x.gather(1, w).sum())] for x, w in zip(split, wanted, strict=True)]
 
             for batch in batches(range(len(rows)), lambda i: len(rows[i][0]) + len(rows[i][1]) - skip, None):
                 found.update(zip(batch, halving(run, batch, self.counters), strict=True))
-        n = len(labels)
-        return [[found[s * n + i] for i in range(n)] for s in range(len(sentences))]
+        n = len(tails)
+        return [[x for i in range(n) for x in found[s * n + i]] for s in range(len(sentences))]

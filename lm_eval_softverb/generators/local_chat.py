@@ -10,10 +10,16 @@ import torch
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import Counters, batches, halving, shared_length
 from lm_eval_softverb.chat import render_chat
-from lm_eval_softverb.decoding import Sampling, generate
+from lm_eval_softverb.decoding import Sampling, generate, kv_bytes
 from lm_eval_softverb.endpoints.backends import ChatRequest, Reply
 from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.verbalizers.selfverb import end_of_turn_ids
+
+# Answers are long and contexts short: a step costs little more for many rows than for few.
+KV_BUDGET, MOST_ROWS = 1 << 30, 256
+TOP_K = 50
+"""What servers of local models draw among unless they are told otherwise; finding top_p among all words takes longer than
+the model."""
 
 
 class LocalChat:
@@ -64,12 +70,15 @@ class LocalChat:
         for i, r in enumerate(requests):
             groups.setdefault((r.max_tokens, r.temperature, r.top_p), []).append(i)
         for (max_tokens, temperature, top_p), members in groups.items():
-            sampling = Sampling(do_sample=True, temperature=temperature, top_k=0, top_p=top_p) if temperature else Sampling()
+            sampling = (
+                Sampling(do_sample=True, temperature=temperature, top_k=TOP_K, top_p=top_p) if temperature else Sampling()
+            )
 
             def run(part: Sequence[int], new: int = max_tokens, sampling: Sampling = sampling) -> list[Reply]:
                 return self._answer([contexts[i] for i in part], [requests[i].seed for i in part], new, sampling)
 
-            for batch in batches(members, needs.__getitem__, self._batch_size):
+            room = KV_BUDGET // kv_bytes(self.backbone, max(needs[i] for i in members))
+            for batch in batches(members, needs.__getitem__, self._batch_size or max(1, min(MOST_ROWS, room))):
                 replies.update(zip(batch, halving(run, batch, self.counters), strict=True))
         return [replies[i] for i in range(len(requests))]
 

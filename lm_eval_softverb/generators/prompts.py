@@ -62,6 +62,18 @@ PASSAGES = (
     "Write a scene in which somebody meets {label}.",
     "Explain {label} to a child.",
 )
+_CUE = "Write one sentence that describes: {cue}."
+_CUES_SHOWN = 2
+_CUE_EXAMPLES = (
+    ("waits for the bus in the rain", "She waited for the late bus in the pouring rain."),
+    ("old keys on a ring", "Some old keys hung on a ring beside the kitchen door."),
+    ("borrowed from a neighbor", "We borrowed it from a neighbor and never gave it back."),
+    ("counts coins twice", "Before she paid, the girl counted her coins twice."),
+    ("smells of fresh paint", "The whole hallway smelled of fresh paint for a week."),
+    ("laughs at his own jokes", "Nobody laughs at his jokes as loudly as he does himself."),
+    ("too heavy to lift alone", "Two people had to carry it, since it was too heavy to lift alone."),
+    ("opens at nine, closes at five", "It opens at nine in the morning and closes at five."),
+)
 
 RULES = 1
 """Of reading and refusing answers; goes up when they change, since a file goes on only under the rules it began with."""
@@ -69,7 +81,19 @@ RULES = 1
 
 def identity() -> str:
     """Hash of everything asked, and of the rules for answers."""
-    texts = [_TIGHT, _LOOSE, _TIGHT_EXAMPLES, _LOOSE_EXAMPLES, LIST, PASSAGES, EXTRA_LABELS, _SHOWN]
+    texts = [
+        _TIGHT,
+        _LOOSE,
+        _TIGHT_EXAMPLES,
+        _LOOSE_EXAMPLES,
+        LIST,
+        PASSAGES,
+        _CUE,
+        _CUE_EXAMPLES,
+        EXTRA_LABELS,
+        _SHOWN,
+        _CUES_SHOWN,
+    ]
     return storage.sha256_json([RULES, texts])
 
 
@@ -90,6 +114,12 @@ def sentence_question(style: str, label: str, others: Sequence[str], hint: str, 
     if style == "list":
         return LIST.format(n=n, label=label, others=", ".join(others), hint=hint)
     return PASSAGES[form % len(PASSAGES)].format(label=label, hint=hint)
+
+
+def cue_turns(cue: str, round_seed: int) -> list[str]:
+    """The turns that ask for a sentence on ``cue``; what is shown depends on ``round_seed`` alone, so a round shares it."""
+    shown = random.Random(round_seed).sample(_CUE_EXAMPLES, _CUES_SHOWN)
+    return [turn for example, answer in shown for turn in (_CUE.format(cue=example), answer)] + [_CUE.format(cue=cue)]
 
 
 # --- reading what came back ------------------------------------------------------------------------------------------

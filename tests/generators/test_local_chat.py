@@ -99,18 +99,22 @@ def test_f35_memory_that_runs_out_halves_the_batch_and_is_counted(wide, monkeypa
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_scores_equal_one_plain_pass_per_pair(name, wide):
+@pytest.mark.parametrize("labels", [LABELS, ["red", "redder", "table"]], ids=["by the first token", "by all tokens"])
+def test_scores_equal_one_plain_pass_per_pair(name, labels, wide):
     backbone = wide(name)
     judge, chat = LikelihoodJudge(backbone), LocalChat(backbone)
     space = "" if backbone.tokenizer.chat_template else " "
-    for sentence, row in zip(SENTENCES, judge.scores(LABELS, SENTENCES), strict=True):
-        text = QUESTION.format(labels=", ".join(LABELS), sentence=sentence)
+    answers = [backbone.tokenizer.encode(space + label, add_special_tokens=False) for label in labels]
+    decided = len({ids[0] for ids in answers}) == len(labels)
+    assert decided == (labels == LABELS) and max(map(len, answers)) > 1
+    for sentence, row in zip(SENTENCES, judge.scores(labels, SENTENCES), strict=True):
+        text = QUESTION.format(labels=", ".join(labels), sentence=sentence)
         context = chat.encode([{"role": "user", "content": text}])
-        for label, score in zip(LABELS, row, strict=True):
-            answer = backbone.tokenizer.encode(space + label, add_special_tokens=False)
+        for answer, score in zip(answers, row, strict=True):
+            read = answer[:1] if decided else answer
             with torch.no_grad():
-                logits = backbone.model(torch.tensor([[*context, *answer]])).logits[0, len(context) - 1 : -1].log_softmax(-1)
-            expected = float(logits.gather(1, torch.tensor([answer]).T).sum())
+                logits = backbone.model(torch.tensor([[*context, *read]])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+            expected = float(logits.gather(1, torch.tensor([read]).T).sum())
             assert score == pytest.approx(expected, abs=1e-5)
 
 

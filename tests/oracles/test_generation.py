@@ -327,8 +327,8 @@ def test_sampled_distribution_is_that_of_the_stock_generate(settings, ours, stoc
     settings = {"max_gen_toks": 1, "temperature": 1.0} | settings
     generate_until(stock("llama"), ["Question: which of these is a colour? red"], settings)
     generate_until(ours("llama"), ["Question: which of these is a colour? red"], settings)
-    theirs, our = seen
-    assert torch.allclose(theirs, our, atol=1e-4)
+    theirs, our = (p.sort(descending=True).values for p in seen)  # ours are only the top_k likeliest, where that is set
+    assert torch.allclose(theirs[: len(our)], our, atol=1e-4) and not theirs[len(our) :].any()
 
 
 def test_sampling_defaults_come_from_the_model(ours, tiny):
