@@ -8,6 +8,10 @@ initial rows, batches in the same order, optimiser, schedule, clipping, epochs a
 documentation shows: ``get_peft_model`` with PROMPT_TUNING, padded batches, ``loss.backward()``, one prompt after the other.
 The sides take turns in parts (a share of the prompts each); ``--widths`` also measures our cost per prompt by the number of
 prompts trained together.
+
+In float32 each prompt's final loss must be the peer's. In bfloat16 single runs drift apart (rounding is amplified from step
+to step, also between two runs of the peer with another batch order), so there the mean over prompts is compared: ``agree``
+says whether the paired difference is within two standard errors of zero.
 """
 
 from __future__ import annotations
@@ -60,18 +64,22 @@ def main() -> None:
             times[side].append(time.perf_counter() - start)
             peaks[side] = max(peaks[side], peak_mib())
             print(f"# turn {turn}, {'peer' if side else 'ours'}: {times[side][-1]:.1f} s for {len(part)} prompts", flush=True)
-    differences = [abs(x - y) for x, y in zip(*losses, strict=True)]
+    differences = [x - y for x, y in zip(*losses, strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    mean, largest = statistics.mean(differences), max(map(abs, differences))
     report(
         "bank_training",
         {**ratio(*times), "prompts": a.prompts, "together": len(parts[0])},
-        max(differences) < (0.15 if a.dtype == "bfloat16" else 0.01),
+        abs(mean) <= 2 * error if a.dtype == "bfloat16" else largest < 0.01,
         dtype=a.dtype,
         epochs=a.epochs,
         seconds_per_prompt={"ours": round(sum(times[0]) / a.prompts, 2), "peer": round(sum(times[1]) / a.prompts, 2)},
         final_validation_loss={
             "ours": round(statistics.mean(losses[0]), 4),
             "peer": round(statistics.mean(losses[1]), 4),
-            "largest_difference": round(max(differences), 4),
+            "difference": round(mean, 4),
+            "stderr": round(error, 4),
+            "largest_difference": round(largest, 4),
         },
         peak_mib={"ours": round(peaks[0]), "peer": round(peaks[1])},
     )

@@ -16,15 +16,17 @@ from toys import FakeDod, rows_of
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
-from lm_eval_softverb.bank import Bank
+from lm_eval_softverb.bank import MANIFEST, Bank
 from lm_eval_softverb.data.rows import data_sha256
 from lm_eval_softverb.errors import ArtifactError, ConfigError, NonFiniteError
+from lm_eval_softverb.tuners import bank as bank_module
 from lm_eval_softverb.tuners import loss as loss_module
 from lm_eval_softverb.tuners.bank import SCORES, seed_of, train_bank, unfinished, work_folder
 from lm_eval_softverb.tuners.config import config
 from lm_eval_softverb.tuners.encoding import encode_rows
 from lm_eval_softverb.tuners.heldout import heldout_scores
 from lm_eval_softverb.tuners.soft import train_soft_prompt
+from lm_eval_softverb.tuners.training import Training
 
 SETTINGS = config(tokens=3, epochs=2, batch_size=4, patience=0, learning_rate=0.05)
 
@@ -102,6 +104,37 @@ def test_a_finished_bank_is_not_trained_again(model, dod, tmp_path, monkeypatch)
     assert [p.id for p in train(model, dod, tmp_path / "bank").prompts] == [p.id for p in first.prompts]
     with pytest.raises(ArtifactError, match="another run"):
         train(model, dod, tmp_path / "bank", config=replace(SETTINGS, learning_rate=0.1))
+
+
+@pytest.mark.parametrize("place", ["before the scores of a prompt", "before the bank is written", "before its manifest"])
+def test_f05_killed_between_a_finished_part_and_its_record(place, model, dod, clean, tmp_path, monkeypatch):
+    """What was trained is not trained again; what was scored is not scored again."""
+    out = tmp_path / "bank"
+    with monkeypatch.context() as patch:
+        if place == "before the scores of a prompt":
+            patch.setattr(bank_module, "heldout_scores", _killed)
+        elif place == "before the bank is written":
+            patch.setattr(Bank, "save", _killed)
+        else:
+            patch.setattr(storage, "write_jsonl", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, dod, out)
+    assert not (out / MANIFEST).exists()
+    trained = [name for name in dod.names() if (work_folder(out) / name / "softprompt.json").exists()]
+    assert len(trained) == (5 if place != "before the scores of a prompt" else 1)
+    trainings: list[str] = []
+    scored: list[int] = []
+    real_start = Training.start
+    monkeypatch.setattr(Training, "start", lambda self: trainings.append(self.name) or real_start(self))
+    monkeypatch.setattr(bank_module, "heldout_scores", lambda *a, **k: scored.append(1) or heldout_scores(*a, **k))
+    again = train(model, dod, out)
+    assert sorted(trained + trainings) == dod.names(), "trained once, and once only"
+    assert len(scored) == (5 if place == "before the scores of a prompt" else 0)
+    assert [e["heldout"] for e in again.entries] == [e["heldout"] for e in clean.entries]
+
+
+def _killed(*_a, **_k):
+    raise KeyboardInterrupt
 
 
 def test_one_diverging_prompt_is_named_and_the_others_are_kept(model, dod, tmp_path, monkeypatch):

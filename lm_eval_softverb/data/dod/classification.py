@@ -59,7 +59,7 @@ class Reading:
         seed: of the labels' order in the target text, and of which sentences are held out.
     """
 
-    test_share: float = 0.1
+    test_share: float = 0.2
     heldout: int = 10
     seed: int = 0
 
