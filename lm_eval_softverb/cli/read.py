@@ -60,6 +60,7 @@ Run the same command again after an interruption: finished grids are kept.
     p.add_argument("--bank", type=Path, required=True, help="folder of many soft prompts whose manifest has splits")
     p.add_argument("--kind", choices=KINDS, default="labels", help="what the texts should say (default: %(default)s)")
     p.add_argument("--out", type=Path, required=True, help="folder for selection.json, grids/ and the report")
+    p.add_argument("--dod", help="where the bank's DoD is, if its texts are not in the manifest and it lies elsewhere now")
     p.add_argument("--train-split", default="train", help="prompts to choose on (default: %(default)s)")
     p.add_argument("--test-split", default="test", help="prompts to report on (default: %(default)s)")
     p.add_argument("--max-new-tokens", type=int, help="longest text (default: 40 for labels, 100 for instructions)")
@@ -140,8 +141,9 @@ def verbalize(a: argparse.Namespace) -> int:
 
 def select(a: argparse.Namespace) -> int:
     from lm_eval_softverb.bank import Bank
+    from lm_eval_softverb.data.verbalization import with_truth
 
-    bank, settings = Bank.load(a.bank), _settings(a.settings)
+    bank, settings = with_truth(Bank.load(a.bank), a.dod), _settings(a.settings)
 
     from lm_eval_softverb.backbone import Backbone
     from lm_eval_softverb.compare.selection import select

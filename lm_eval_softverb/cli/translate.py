@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Options that are settings of the same name: of TranslatorConfig, and of PreferenceConfig.
 _BOTH = ("batch_size", "validation", "seed", "max_tokens")
-_SETTINGS = ("kind", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
+_SETTINGS = ("kind", "share", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
 _OPTIMISER = ("weight_decay", "max_grad_norm", "dropout")
 _PREFERENCE = ("beta", "candidates", "temperature", "answer_tokens", *_BOTH)
 
@@ -82,6 +82,8 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument("--out", type=Path, required=True, help="folder of the translator (a PEFT LoRA adapter and translator.json)")
     p.add_argument("--preset", default="fixed", help="fixed (default) or paper")
     p.add_argument("--split", default="train", help="entries of the bank to learn from (default: %(default)s)")
+    p.add_argument("--share", type=float, help="of the prompts that are not for validation, learn from this share (default: 1)")
+    p.add_argument("--dod", help="where the bank's DoD is, if its texts are not in the manifest and it lies elsewhere now")
     p.add_argument(
         "--texts", type=Path, help="JSONL of paraphrases by prompt or task, as `softverb dod paraphrase` writes them"
     )
@@ -145,10 +147,11 @@ def train(a: argparse.Namespace) -> int:
     storage.require_writable(a.out)
 
     from lm_eval_softverb.bank import Bank
+    from lm_eval_softverb.data.verbalization import with_truth
     from lm_eval_softverb.verbalizers.rerank import read_inputs
     from lm_eval_softverb.verbalizers.translator_data import read_texts
 
-    bank, texts = Bank.load(a.bank), read_texts(a.texts) if a.texts else None
+    bank, texts = with_truth(Bank.load(a.bank), a.dod), read_texts(a.texts) if a.texts else None
     if a.dpo:
         read_inputs(a.dpo)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lm_eval_softverb.bank import manifest_of
+from lm_eval_softverb.bank import Bank, manifest_of
 from lm_eval_softverb.data.dod import Dod
 from lm_eval_softverb.data.dod.opening import open_dod, source_of
 from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
@@ -91,6 +92,23 @@ def load(
     text = Value("string")
     columns = {"prompt_id": text, "task": text, "kind": text, "target": text, "labels": [text]}
     return {"test": Dataset.from_list(chosen, features=Features(columns))}
+
+
+def with_truth(bank: Bank, dod: str | None = None, open_: Open = open_plain) -> Bank:
+    """The bank with the labels and instructions of entries that hold only their hash, read from their DoD.
+
+    Args:
+        dod: where the DoD is on this machine, if the manifest names another place.
+
+    Raises:
+        DataError: the DoD is not there, or has another text than when the bank was made.
+    """
+    truth, entries = _Truth(dod, open_), []
+    for entry in bank.entries:
+        where = f"{bank.source}: {entry['prompt_id']!r}"
+        known = {field: truth.of(entry, field, where) for field in FIELDS.values()}
+        entries.append({**entry, **{field: value for field, value in known.items() if value}})
+    return replace(bank, entries=tuple(entries))
 
 
 class _Truth:

@@ -78,6 +78,7 @@ class TranslatorConfig(FitConfig):
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
         shuffle_labels: another order of the labels in each epoch.
         originals: where a prompt has paraphrases, train on its own text, too.
+        share: of the prompts left after validation to learn from; a smaller share is part of every larger one.
     """
 
     kind: Kind = "labels"
@@ -87,9 +88,12 @@ class TranslatorConfig(FitConfig):
     max_tokens: int = 300
     shuffle_labels: bool = True
     originals: bool = True
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share is {self.share}, expected more than 0 and at most 1.")
         for name in ("rank", "alpha", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1.")

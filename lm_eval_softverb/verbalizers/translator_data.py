@@ -104,8 +104,12 @@ def pairs_of(
     return pairs, {**counts, "texts_unused": len(set(texts or ()) - used)}
 
 
-def held_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def held_out(pairs: Sequence[Pair], share: float, seed: int, used: float = 1.0) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs; prompts of one and the same text stay on one side.
+
+    Args:
+        share: of the texts that are for validation.
+        used: share of the others that are for training; validation is the same for each.
 
     Raises:
         DataError: fewer than two different texts.
@@ -115,8 +119,9 @@ def held_out(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair]
     count = max(1, round(share * len(distinct)))
     if len(distinct) - count < 1:
         raise DataError(f"{len(distinct)} different texts are too few to hold {count} out for validation; expected at least 2.")
-    chosen = set(distinct[:count])
-    return [p for p in pairs if _meaning(p) not in chosen], [p for p in pairs if _meaning(p) in chosen]
+    validation = set(distinct[:count])
+    training = set(distinct[count : count + max(1, round(used * (len(distinct) - count)))])
+    return [p for p in pairs if _meaning(p) in training], [p for p in pairs if _meaning(p) in validation]
 
 
 def _meaning(pair: Pair) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def train_translator(
     run = run_of(backbone, [config.to_json(), data_sha256(pairs)])
     if found := finished_before(out, run, overwrite):
         return found
-    training, validation = held_out(pairs, config.validation, config.seed)
+    training, validation = held_out(pairs, config.validation, config.seed, config.share)
     objective = Translation(backbone, training, validation, config)
     layers = LoraLayers(backbone, config, dropout=config.dropout, seed=config.seed)
     fit = Fit(backbone, layers, objective, config, out, run=run, max_tokens=max_tokens)

@@ -9,7 +9,7 @@ import torch
 from toys import FakeDod
 
 from lm_eval_softverb import bank as banks
-from lm_eval_softverb.bank import MANIFEST
+from lm_eval_softverb.bank import MANIFEST, Bank
 from lm_eval_softverb.data import verbalization
 from lm_eval_softverb.data.verbalization import load
 from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError
@@ -161,6 +161,22 @@ def test_texts_are_read_from_the_dod(write, named):
     assert [d["target"] for d in load("instructions", bank=bank, open_=open_)["test"]] == ["Say it.", "Say it."]
     assert [d["labels"] for d in load("labels", bank=bank, open_=open_, dod="general:here")["test"]] == [["red", "table"]]
     assert opened == ["general:x", "general:here"]  # once per load
+
+
+def test_a_bank_gets_the_texts_that_its_manifest_only_names(named):
+    line, open_, opened = named
+    entries = (
+        line("task0"),
+        line("task1"),
+        {"prompt_id": "own", "labels": ["a"], "instruction": "Sort."},
+        {"prompt_id": "none"},
+    )
+    bank = verbalization.with_truth(Bank((), entries, "bank"), open_=open_)
+    assert [e.get("instruction") for e in bank.entries] == ["Say it.", None, "Sort.", None]
+    assert [e.get("labels") for e in bank.entries] == [None, ["red", "table"], ["a"], None]
+    assert opened == ["general:x"]
+    with pytest.raises(DataError, match=r"'task0'.*another text"):
+        verbalization.with_truth(Bank((), (line("task0", truth_sha256="0" * 64),), "bank"), open_=open_)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,9 @@ def test_prompts_of_one_text_stay_on_one_side(backbone, tmp_path):
     assert len(validation) == 2 and len(training) == 6
     assert not {frozenset(p.labels) for p in training} & {frozenset(p.labels) for p in validation}
     assert held_out(pairs, 0.25, 0) == (training, validation)
+    half, same = held_out(pairs, 0.25, 0, 0.5)
+    assert same == validation and 0 < len(half) < 6 and all(p in training for p in half)
+    assert all(p in half for p in held_out(pairs, 0.25, 0, 0.1)[0]), "smaller shares are part of larger ones"
     with pytest.raises(DataError, match="too few"):
         held_out(pairs[:2], 0.25, 0)
 

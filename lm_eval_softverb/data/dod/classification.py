@@ -41,6 +41,9 @@ MAX_BYTES = 4 << 30
 MAX_TEXT = 2_000
 """Characters of the longest text that is believed to be a sentence."""
 
+SHIPPED = {"tight": Path(__file__).parents[1] / "tight.sqlite.gz"}
+"""Name → file; its card lies beside it."""
+
 _QUERIES = {
     "datasets": "SELECT id, seed_words FROM datasets ORDER BY id",
     "keywords": "SELECT id, dataset_id, keyword FROM keywords ORDER BY id",
@@ -86,12 +89,16 @@ class ClassificationDod:
     def open(cls, path: Path | str, reading: Reading = Reading()) -> ClassificationDod:
         """Reads a file of `softverb dod generate`, also compressed by gzip (``.gz``); it is opened for reading only.
 
+        Args:
+            path: of the file, or the name of a shipped one (:data:`SHIPPED`).
+
         Raises:
             DataError: not such a file, or a row that cannot be used, named by table and id.
         """
         path = Path(path)
+        file = SHIPPED[str(path)] if str(path) in SHIPPED and not path.exists() else path
         try:
-            with _unpacked(path) as plain:
+            with _unpacked(file) as plain:
                 digest = storage.sha256_file(plain)
                 with closing(sqlite3.connect(f"{plain.resolve().as_uri()}?mode=ro", uri=True)) as db:
                     db.text_factory = bytes

@@ -24,15 +24,17 @@ def parse(source: str) -> tuple[str, str]:
         kind, path = "classification" if _is_database(source) else "general", source
     if not source:
         raise ConfigError(
-            f"The DoD is {source!r}; expected general, general:PATH, classification, classification:FILE.sqlite, or a path. "
-            "general alone is the folder natural_instructions in SOFTVERB_DATA_DIR, else the hub dataset; classification alone "
-            "is the shipped label sets."
+            f"The DoD is {source!r}; expected general, general:PATH, classification:tight, classification:FILE.sqlite, "
+            "classification, or a path. general alone is the folder natural_instructions in SOFTVERB_DATA_DIR, else the hub "
+            "dataset; classification:tight is the shipped DoD, classification alone the twelve label sets."
         )
     return kind, path
 
 
 def open_dod(source: str, **settings: Any) -> Dod:
-    """Opens ``general``, ``general:PATH``, ``classification`` (the shipped label sets), ``classification:FILE``, or a path.
+    """Opens ``general``, ``general:PATH``, ``classification:tight`` (shipped), ``classification:FILE``, or a path.
+
+    ``classification`` alone is the twelve shipped label sets, whose sentences were written by hand.
 
     A bare path to a SQLite file (also compressed: ``….sqlite.gz``) is a classification DoD, any other a general one.
 

@@ -1,0 +1,168 @@
+"""One experiment on the readings of a bank: trains its translators, scores every arm through the harness, compares them.
+
+    make bench NAME=readings ARGS="benchmarks/experiments/labels.json --out experiments"
+
+An experiment is a JSON file:
+
+    {"bank": "benchmarks/banks/tight", "kind": "labels", "baseline": "InSPEcT, selected",
+     "translators": {"full": {"train": ["--epochs", "40"], "seeds": [0, 1, 2]}},
+     "arms": {"translator": {"model": "translator", "translator": "full"},
+              "InSPEcT, selected": {"model": "inspect", "select": true}}}
+
+Each seed of a translator is one ``softverb translate train``, each arm and seed one ``lm_eval`` run in a process of its own;
+what is there already is not done again, so a run that was stopped goes on. The table has the mean over test prompts with its
+95 % interval (scores of the seeds are averaged prompt by prompt first, and the range over seeds stands beside it), and the
+paired difference to the baseline with its p-value. All texts stay in OUT, with the harness's own results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval_softverb import storage
+from lm_eval_softverb.compare.runs import Run, read_run
+from lm_eval_softverb.compare.stats import holm, mean_interval, paired_interval, paired_p
+from lm_eval_softverb.errors import ArtifactError
+
+METRICS = {
+    "labels": ("f1", "recall", "cosine", "percentile_rank"),
+    "instructions": ("rouge_l", "cosine", "percentile_rank"),
+}
+CORPUS = "mpr_pred"
+"""A metric of all texts together, which has no score per prompt."""
+
+
+def main() -> None:
+    a = arguments()
+    experiment = json.loads(a.experiment.read_text())
+    out = a.out / a.experiment.stem
+    out.mkdir(parents=True, exist_ok=True)
+    if any(arm.get("select") for arm in experiment["arms"].values()):
+        run("select", ["softverb", "select", "--kind", experiment["kind"], *bank(experiment, a), "--out", out / "selection"])
+    for name, translator in experiment.get("translators", {}).items():
+        for seed in translator.get("seeds", [0]):
+            path = adapter(out, name, seed)
+            own = ["--bank", translator["bank"]] if "bank" in translator else bank(experiment, a)
+            more = [*translator.get("train", []), "--seed", seed, "--kind", experiment["kind"], "--out", path]
+            if not (path / "translator.json").exists():
+                run(f"{name}, seed {seed}", ["softverb", "translate", "train", *own, *a.train, *more, "--quiet"])
+    runs = {name: scored(name, arm, experiment, out, a) for name, arm in experiment["arms"].items()}
+    table(runs, experiment, out)
+
+
+def bank(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
+    return ["--bank", experiment["bank"], *(["--dod", a.dod] if a.dod else [])]
+
+
+def adapter(out: Path, name: str, seed: int) -> Path:
+    return out / "translators" / f"{name}-{seed}"
+
+
+def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out: Path, a: argparse.Namespace) -> list[Run]:
+    """One run per seed of the arm's translator, or one."""
+    seeds = experiment["translators"][arm["translator"]].get("seeds", [0]) if "translator" in arm else [0]
+    found = []
+    for seed in seeds:
+        folder = out / "runs" / f"{name}-{seed}"
+        try:
+            found.append(read_run(folder, name))
+            continue
+        except ArtifactError:  # not there yet
+            pass
+        given = {"bank": experiment["bank"], "dtype": a.dtype, **arm.get("args", {})}
+        if "translator" in arm:
+            given["adapter"] = adapter(out, arm["translator"], seed)
+        if arm.get("select"):
+            given["selection"] = out / "selection" / "selection.json"
+        if a.dod:
+            given["dod"] = a.dod
+        command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
+        command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
+        run(name, [*command, "--output_path", folder, "--log_samples"])
+        found.append(read_run(folder, name))
+    return found
+
+
+def run(what: str, command: Sequence[Any]) -> None:
+    program, *rest = map(str, command)
+    module = {"softverb": "lm_eval_softverb.cli", "lm_eval": "lm_eval"}[program]
+    print(f"# {what}", flush=True)
+    done = subprocess.run([sys.executable, "-m", module, *rest], env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    if done.returncode:
+        raise SystemExit(f"{what}: {program} {' '.join(rest)} ended with {done.returncode}.")
+
+
+def table(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out: Path) -> None:
+    """``table.md`` and ``table.json``."""
+    kind, baseline = experiment["kind"], experiment.get("baseline")
+    means = {name: per_prompt(found, kind) for name, found in runs.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, scores in means.items():
+        rows[name] = {}
+        for metric in METRICS[kind]:
+            values = scores[metric]
+            interval = mean_interval(list(values.values()))
+            seeds = [statistics.mean(r.tasks[f"verbalize_{kind}"].scores[metric].values()) for r in runs[name]]
+            cell: dict[str, Any] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "seeds": seeds}
+            if baseline and name != baseline:
+                theirs = means[baseline][metric]
+                pair = [values[k] for k in theirs], list(theirs.values())
+                difference = paired_interval(*pair)
+                p, test = paired_p(*pair)
+                cell |= {"difference": [difference.mean, difference.low, difference.high], "p": p, "test": test}
+            rows[name][metric] = cell
+    for metric in METRICS[kind]:
+        cells = [row[metric] for row in rows.values() if "p" in row[metric]]
+        for cell, p in zip(cells, holm([c["p"] for c in cells]), strict=True):
+            cell["p_holm"] = p
+    storage.write_json(out / "table.json", rows)
+    head = [*METRICS[kind], CORPUS]
+    lines = ["| arm | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for name, row in rows.items():
+        corpus = [storage.read_json(Path(r.source))["results"][f"verbalize_{kind}"][f"{CORPUS},none"] for r in runs[name]]
+        cells = [*(shown(row[metric]) for metric in METRICS[kind]), f"{statistics.mean(corpus):.3f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    n = len(next(iter(next(iter(means.values())).values())))
+    text = "\n".join(lines)
+    text += f"\n\n{n} test prompts; mean and 95 % interval over prompts; ± is half the range over seeds"
+    text += f"; * differs from {baseline} (p < .05 after Holm).\n" if baseline else ".\n"
+    storage.write_text(out / "table.md", text)
+    print(text)
+
+
+def per_prompt(runs: Sequence[Run], kind: str) -> dict[str, dict[str, float]]:
+    """Metric → document → score, averaged over seeds."""
+    found = {}
+    for metric in METRICS[kind]:
+        scores = [r.tasks[f"verbalize_{kind}"].scores[metric] for r in runs]
+        found[metric] = {key: statistics.mean(s[key] for s in scores) for key in scores[0]}
+    return found
+
+
+def shown(cell: Mapping[str, Any]) -> str:
+    text = f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+    if len(cell["seeds"]) > 1:
+        text += f" ± {(max(cell['seeds']) - min(cell['seeds'])) / 2:.3f}"
+    return text + (" *" if cell.get("p_holm", 1) < 0.05 else "")
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("experiment", type=Path, help="JSON file")
+    p.add_argument("--out", type=Path, default=Path("experiments"), help="a folder in it gets the experiment's name")
+    p.add_argument("--dod", help="where the DoD of the bank is, for texts that are not in its manifest")
+    p.add_argument("--dtype", default="float32", help="of the frozen model in all readings (default: %(default)s)")
+    p.add_argument("train", nargs="*", help="behind --: added to every `softverb translate train`")
+    return p.parse_args()
+
+
+if __name__ == "__main__":
+    main()
