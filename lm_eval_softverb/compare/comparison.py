@@ -54,7 +54,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cells, in the order runs, metrics and tasks were given."""
+    """All cells, in the order runs, metrics and tasks were given.
+
+    Attributes:
+        notes: what a reader must know: runs that were left out, runs of a part of the documents.
+    """
 
     baseline: str
     runs: tuple[str, ...]
@@ -62,6 +66,7 @@ class Comparison:
     tasks: tuple[str, ...]
     cells: tuple[Cell, ...]
     costs: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
 
     def cell(self, run: str, task: str, metric: str) -> Cell | None:
         """The cell, or None where the task has no such metric."""
@@ -69,7 +74,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], baseline: str | None = None, metrics: Sequence[str] | None = None) -> Comparison:
-    """Joins runs by document.
+    """Joins runs by document. Runs with ``--limit`` are left out and noted, unless all have it.
 
     Args:
         baseline: name of the run that all others are compared with; the first by default.
@@ -85,6 +90,8 @@ def compare(runs: Sequence[Run], baseline: str | None = None, metrics: Sequence[
     base = baseline or names[0]
     if base not in names:
         raise ConfigError(f"There is no run {base!r} to compare with. {did_you_mean(base, names)}")
+    runs, notes = _whole(runs, base)
+    names = [run.name for run in runs]
     _same_documents(runs)
     tasks = list(runs[0].tasks)
     common = [m for m in _metrics(runs[0]) if all(m in _metrics(r) for r in runs)]
@@ -97,7 +104,23 @@ def compare(runs: Sequence[Run], baseline: str | None = None, metrics: Sequence[
     if not cells:
         raise DataError("The runs have no metric in common on any task; nothing can be compared.")
     costs = {run.name: _costs(run) for run in runs}
-    return Comparison(base, tuple(names), tuple(chosen), tuple(tasks), tuple(cells), costs)
+    return Comparison(base, tuple(names), tuple(chosen), tuple(tasks), tuple(cells), costs, notes)
+
+
+def _whole(runs: Sequence[Run], base: str) -> tuple[list[Run], tuple[str, ...]]:
+    """The runs that can stand in one table, and notes on the others: a trial run is no result."""
+    limits = {run.name: run.config.get("limit") for run in runs}
+    limited = [name for name, limit in limits.items() if limit is not None]
+    if len(limited) == len(runs):
+        shown = ", ".join(map(str, dict.fromkeys(limits.values())))
+        return list(runs), (f"All runs have --limit {shown}: they scored only the first documents of each task.",)
+    kept = [run for run in runs if run.name not in limited]
+    if base in limited or len(kept) < 2:
+        raise DataError(
+            f"Only {', '.join(limited)} ran with --limit, so the runs cannot be compared: {len(kept)} of {len(runs)} scored "
+            f"whole tasks, and the baseline is {base}. Run all of them without --limit, or all with the same."
+        )
+    return kept, tuple(f"{name} is left out: it ran with --limit {limits[name]}, the others did not." for name in limited)
 
 
 def _metrics(run: Run) -> list[str]:

@@ -74,12 +74,12 @@ def to_markdown(comparison: Comparison) -> str:
         f"Percent, with the paired difference to {_plain(comparison.baseline)} in brackets and its 95 % interval; "
         "* Holm-adjusted p < .05 over the tasks of a run (for the macro average: its own test)."
     )
-    return "\n\n".join([*parts, note]) + "\n"
+    return "\n\n".join([*parts, note, *map(_plain, comparison.notes)]) + "\n"
 
 
 def to_html(comparison: Comparison, runs: Sequence[Run], title: str = "softverb compare") -> str:
     """The page: plots, sortable tables, costs, and each task's documents behind a click."""
-    blocks = []
+    runs, blocks = [r for r in runs if r.name in comparison.runs], []
     for metric in comparison.metrics:
         cells = [c for c in comparison.cells if c.metric == metric]
         shown = [c for c in cells if c.task == MACRO] or cells
@@ -93,6 +93,7 @@ def to_html(comparison: Comparison, runs: Sequence[Run], title: str = "softverb 
         f"'{comparison.baseline}', paired by document; intervals are 95 %, over documents, and for the macro average over "
         "tasks and the documents within them; p-values are adjusted by Holm over the tasks of a run. Click a heading to sort."
     )
+    intro = " ".join([intro, *comparison.notes])
     return report.page(title, intro, blocks, {})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from lm_eval_softverb.compare import pages
 from lm_eval_softverb.compare.comparison import MACRO, compare
 from lm_eval_softverb.compare.runs import read_run
 from lm_eval_softverb.compare.stats import holm, macro_interval, paired_p, sign_flip_p
@@ -165,6 +166,23 @@ def test_other_documents_are_refused_with_a_list(scores, tmp_path):
     three = read_run(write(tmp_path / "c", {"t1": b["t1"], "t9": b["t2"]}), "c")
     with pytest.raises(DataError, match=r"(?s)t2: only in a.*t3: only in a.*t9: only in c"):
         compare([one, three])
+
+
+def test_f40_limited_runs_are_left_out_and_noted(scores, tmp_path):
+    a, b = scores
+    whole = [read_run(write(tmp_path / name, s), name) for name, s in (("a", a), ("b", b))]
+    part = read_run(write(tmp_path / "c", b, config={"limit": 10}), "c")
+    found = compare([*whole, part])
+    assert found.runs == ("a", "b") and [c for c in found.cells if c.run == "c"] == []
+    assert found.notes == ("c is left out: it ran with --limit 10, the others did not.",)
+    assert "c is left out" in pages.to_markdown(found) and "c is left out" in pages.to_html(found, [*whole, part])
+    assert compare(whole).notes == ()
+    both = [read_run(write(tmp_path / f"{name}10", s, config={"limit": 10.0}), name) for name, s in (("a", a), ("b", b))]
+    assert compare(both).runs == ("a", "b") and "only the first documents" in compare(both).notes[0]
+    with pytest.raises(DataError, match="Only c ran with --limit"):
+        compare([*whole, part], baseline="c")
+    with pytest.raises(DataError, match="1 of 2 scored whole tasks"):
+        compare([whole[0], part])
 
 
 @pytest.mark.parametrize(
