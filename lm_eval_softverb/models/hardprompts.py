@@ -5,8 +5,6 @@ Texts travel by file only, and as data: they are joined with the document's text
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +15,12 @@ from lm_eval.api.instance import Instance
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
+from lm_eval_softverb.models.secrets import refuse_secrets
 
 PAPER, SYSTEM, NONE = "paper", "system", "none"
 TEMPLATES = (PAPER, SYSTEM, NONE)
 BREAK = "\n\n"
 """Between prompt and text: the translator paper's template is ``"{prompt}\\n\\n{text}"``."""
-
-_SECRET_NAME = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|token|bearer|credentials?|authorization)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(sk-|hf_|Bearer )[A-Za-z0-9_\-]{8,}")
-_HARMLESS = frozenset({"think_end_token", "add_bos_token"})  # of HFLM
 
 
 @dataclass
@@ -152,14 +147,7 @@ def refuse_arguments(arguments: Mapping[str, Any], known: Sequence[str] = ()) ->
     Raises:
         ConfigError: an argument that looks like a secret, a prompt given in place of a file, or a name not in ``known``.
     """
-    key = os.environ.get("OPENAI_API_KEY", "")
-    for name, value in arguments.items():
-        named = _SECRET_NAME.search(name) and name not in _HARMLESS
-        if named or (isinstance(value, str) and (_SECRET_VALUE.search(value) or (key and key in value))):
-            raise ConfigError(
-                f"Model argument {name!r} looks like a secret; arguments are written to logs and results. Its value is not "
-                "repeated here. Set OPENAI_API_KEY (or HF_TOKEN) in the environment and leave the argument out."
-            )
+    refuse_secrets(arguments)
     if "prompt" in arguments:
         raise ConfigError(
             "prompt= is not taken: the command line splits arguments at commas and reads numbers, so a prompt would be "

@@ -29,6 +29,7 @@ from lm_eval_softverb.errors import ConfigError, DataError, FrameError
 from lm_eval_softverb.models import ledger as ledgers
 from lm_eval_softverb.models.generating import answer_generations
 from lm_eval_softverb.models.scoring import Ids, loglikelihoods, seq2seq_loglikelihoods, supports_branching
+from lm_eval_softverb.models.secrets import refuse_secrets
 from lm_eval_softverb.models.slots import Slots
 from lm_eval_softverb.pretrained import DEFAULT, loading, locate
 from lm_eval_softverb.prompt import SoftPrompt
@@ -59,6 +60,7 @@ class SoftPromptLM(HFLM):
         force: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_secrets({"pretrained": pretrained, "peft": peft, "bank": bank, **kwargs})
         if peft and bank:
             raise ConfigError("Pass peft=DIR for one soft prompt or bank=DIR for many, not both.")
         # Prompts are small and untrusted: refuse a bad one before gigabytes of weights are loaded.

@@ -25,6 +25,7 @@ from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.batching import Counters, halving
 from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
 from lm_eval_softverb.models import ledger as ledgers
+from lm_eval_softverb.models.secrets import refuse_secrets
 from lm_eval_softverb.pretrained import DEFAULT
 from lm_eval_softverb.verbalizers import CONTROLS, KINDS, METHODS
 from lm_eval_softverb.verbalizers.base import Verbalization, check_fits, controlled, create, for_bank, settings_of
@@ -70,6 +71,7 @@ class VerbalizerLM(LM):
         **settings: Any,
     ) -> None:
         super().__init__()
+        refuse_secrets({"pretrained": pretrained, "bank": bank, "revision": revision, **settings})
         self.method = self._chosen(method)
         for name, value, options in (("kind", kind or KINDS[0], KINDS), ("control", control, CONTROLS)):
             if value not in options:
