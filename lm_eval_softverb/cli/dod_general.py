@@ -1,4 +1,4 @@
-"""``softverb dod list`` and ``softverb dod audit``: what is in a DoD, and what its test tasks may have shown in training."""
+"""``softverb dod list``, ``audit`` and ``texts``: what is in a DoD, what training has seen of its test tasks, its truth."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ minutes; the verdicts are kept in the cache folder.
     _source_arguments(p)
     p.add_argument("--out", type=Path, help="JSON file with all pairs and tasks behind the counts")
     p.add_argument("--near", type=float, help="Jaccard index from which two tasks are near-duplicates (default: 0.7)")
+    p = command(
+        subparsers,
+        "texts",
+        texts,
+        "Write what a bank's prompts are for as texts for --model hardprompt: the upper bound, and a control.",
+        """
+  softverb dod texts --bank banks/general --out gold.jsonl
+  softverb dod texts --bank banks/general --out other.jsonl --other
+  lm_eval --model hardprompt --model_args pretrained=smollm2-135m,prompt_file=gold.jsonl \\
+      --metadata '{"bank": "banks/general"}' --tasks dod_general
+
+Definitions of others are read from their DoD; do not publish the file.
+""",
+    )
+    p.add_argument("--bank", type=Path, required=True, help="folder of soft prompts whose ground truth is known")
+    p.add_argument("--out", type=Path, required=True, help="JSONL file, one line per prompt")
+    p.add_argument("--other", action="store_true", help="give each prompt the text of another one of its split instead")
+    p.add_argument("--seed", type=int, default=0, help="--other: of who gets whose (default: %(default)s)")
+    p.add_argument("--dod", help="where the bank's DoD is, if its texts are not in the manifest and it lies elsewhere now")
 
 
 def _source_arguments(p: argparse.ArgumentParser) -> None:
@@ -112,4 +131,19 @@ def audit(a: argparse.Namespace) -> int:
     if a.out:
         storage.write_json(a.out, report)
         print(f"All pairs in {a.out}")
+    return 0
+
+
+def texts(a: argparse.Namespace) -> int:
+    from lm_eval_softverb import storage
+    from lm_eval_softverb.bank import Bank
+    from lm_eval_softverb.data.verbalization import another, truths
+
+    storage.require_writable(a.out.parent)
+    found = truths(Bank.load(a.bank), a.dod)
+    given = another(found, a.seed) if a.other else found
+    method = "other" if a.other else "gold"
+    lines = [{"prompt_id": name, "text": text, "rank": 0, "method": method} for name, (_, text) in given.items()]
+    storage.write_jsonl(a.out, lines)
+    print(f"Texts of {len(lines)} prompts in {a.out}")
     return 0

@@ -8,6 +8,7 @@ text is someone else's, names its ``dod``: the text is read from there, and must
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -109,6 +110,44 @@ def with_truth(bank: Bank, dod: str | None = None, open_: Open = open_plain) -> 
         known = {field: truth.of(entry, field, where) for field in FIELDS.values()}
         entries.append({**entry, **{field: value for field, value in known.items() if value}})
     return replace(bank, entries=tuple(entries))
+
+
+def truths(bank: Bank, dod: str | None = None, open_: Open = open_plain) -> dict[str, tuple[str, str]]:
+    """Prompt → split ("" where there is none) and ground truth: the labels joined by ", ", or the instruction.
+
+    Raises:
+        DataError: a prompt whose ground truth is not known; or as :func:`with_truth`.
+    """
+    found = {}
+    for entry in with_truth(bank, dod, open_).entries:
+        text = ", ".join(entry.get("labels") or ()) or str(entry.get("instruction") or "")
+        if not text:
+            raise DataError(f"{bank.source}: of {entry['prompt_id']!r} neither labels nor an instruction are known.")
+        found[str(entry["prompt_id"])] = (str(entry.get("split") or ""), text)
+    return found
+
+
+def another(found: Mapping[str, tuple[str, str]], seed: int) -> dict[str, tuple[str, str]]:
+    """Each prompt with the text of another one of its split: a control for texts that fit any task.
+
+    Raises:
+        DataError: a split in which some prompt gets no text but its own, whatever the order.
+    """
+    out: dict[str, tuple[str, str]] = {}
+    for split in dict.fromkeys(split for split, _ in found.values()):
+        groups: dict[str, list[str]] = {}
+        for name, (own, text) in found.items():
+            if own == split:
+                groups.setdefault(text, []).append(name)
+        order = list(groups.values())
+        random.Random(f"{seed}/{split}").shuffle(order)
+        names = [name for group in order for name in group]
+        turn = max(map(len, order))  # past all of the same text
+        if 2 * turn > len(names):
+            raise DataError(f"The {len(names)} prompts of split {split!r} have too few different texts to swap them.")
+        for name, theirs in zip(names, names[turn:] + names[:turn], strict=True):
+            out[name] = (split, found[theirs][1])
+    return {name: out[name] for name in found}
 
 
 class _Truth:

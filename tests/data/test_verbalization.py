@@ -179,6 +179,23 @@ def test_a_bank_gets_the_texts_that_its_manifest_only_names(named):
         verbalization.with_truth(Bank((), (line("task0", truth_sha256="0" * 64),), "bank"), open_=open_)
 
 
+def test_the_texts_of_a_bank_and_those_of_others():
+    entries = [{"prompt_id": f"p{i}", "instruction": f"Do {i // 2}.", "split": "test" if i < 6 else "train"} for i in range(10)]
+    entries.append({"prompt_id": "p10", "labels": ["a", "b"], "split": "train"})
+    found = verbalization.truths(Bank((), tuple(entries), "bank"))
+    assert found["p3"] == ("test", "Do 1.") and found["p10"] == ("train", "a, b")
+    other = verbalization.another(found, 0)
+    assert list(other) == list(found)
+    for split in ("test", "train"):
+        own, theirs = ({name: text for name, (s, text) in x.items() if s == split} for x in (found, other))
+        assert sorted(own.values()) == sorted(theirs.values()) and not any(own[name] == theirs[name] for name in own)
+    assert verbalization.another(found, 0) == other != verbalization.another(found, 1)
+    with pytest.raises(DataError, match="too few different texts"):
+        verbalization.another({"a": ("", "x"), "b": ("", "x"), "c": ("", "y")}, 0)
+    with pytest.raises(DataError, match="'p'"):
+        verbalization.truths(Bank((), ({"prompt_id": "p"},), "bank"))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"), [({"truth_sha256": "0" * 64}, "another text"), ({"dod": {"kind": "poems"}}, "dod=")]
 )
