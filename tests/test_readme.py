@@ -1,4 +1,4 @@
-"""Every command the README shows is one that exists, with arguments that parse and tasks that are there."""
+"""Every command of the README and of the example for CI exists, with arguments that parse and tasks that are there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+import yaml
 from toys import ROOT
 
 from lm_eval_softverb import cli
@@ -15,6 +16,8 @@ from lm_eval_softverb.data import benchmarks, labelsets
 def commands() -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    steps = yaml.safe_load((ROOT / "examples" / "github-actions.yml").read_text())["jobs"]["gate"]["steps"]
+    lines += [line for step in steps for line in step.get("run", "").splitlines() if not line.startswith("python ")]
     return [line.split("   #")[0].strip() for line in lines if line.strip()]
 
 

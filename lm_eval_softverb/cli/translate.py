@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Options that are settings of the same name: of TranslatorConfig, and of PreferenceConfig.
 _BOTH = ("batch_size", "validation", "seed", "max_tokens")
-_SETTINGS = ("kind", "share", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
+_SETTINGS = ("kind", "share", "words", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
 _OPTIMISER = ("weight_decay", "max_grad_norm", "dropout")
 _PREFERENCE = ("beta", "candidates", "temperature", "answer_tokens", *_BOTH)
 
@@ -89,6 +89,7 @@ Run the same command again after an interruption: training goes on from its last
     )
     p.add_argument("--no-originals", action="store_true", help="where a prompt has paraphrases, leave out its own text")
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
+    p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
     p.add_argument("--fixed-order", action="store_true", help="labels in the manifest's order in every epoch")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")

@@ -26,7 +26,7 @@ from lm_eval_softverb.verbalizers.rerank import Reranked, inputs_of, read_inputs
 from lm_eval_softverb.verbalizers.texts import verbalize_to
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
-from lm_eval_softverb.verbalizers.translator_config import PreferenceConfig
+from lm_eval_softverb.verbalizers.translator_config import Between, PreferenceConfig
 from lm_eval_softverb.verbalizers.translator_data import Example, encode, held_out, pairs_of, target_losses
 from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
@@ -154,7 +154,7 @@ def train_preferences(
     layers.load(first.tensors, first.source)
     sides = held_out([names[name] for name in chosen], config.validation, config.seed)
     training, validation = (
-        _referenced(backbone, layers, [(names[p.name], *chosen[p.name]) for p in side], first.bos, config.max_tokens)
+        _referenced(backbone, layers, [(names[p.name], *chosen[p.name]) for p in side], first.between, config.max_tokens)
         for side in sides
     )
     objective = Preferring(backbone, training, validation, config)
@@ -171,7 +171,7 @@ def train_preferences(
         "forced_despite": sorted(forced),
     }
     adapter = TranslatorAdapter(
-        best, first.rank, first.alpha, first.targets, backbone.fingerprint, first.kind, first.bos, made, str(out)
+        best, first.rank, first.alpha, first.targets, backbone.fingerprint, first.kind, first.between, made, str(out)
     )
     return finish(adapter, out, fit.processes)
 
@@ -190,12 +190,14 @@ def preferred(lines: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
 
 @torch.no_grad()
 def _referenced(
-    backbone: Backbone, layers: LoraLayers, texts: Sequence[tuple[Any, str, str]], bos: bool, most: int
+    backbone: Backbone, layers: LoraLayers, texts: Sequence[tuple[Any, str, str]], between: Between, most: int
 ) -> list[Preference]:
     out = []
     with layers.on():
         for pair, best, worst in texts:
-            (chosen, rejected), _ = encode(backbone, [(pair.prompt, best), (pair.prompt, worst)], bos=bos, max_tokens=most)
+            (chosen, rejected), _ = encode(
+                backbone, [(pair.prompt, best), (pair.prompt, worst)], between=between, max_tokens=most
+            )
             reference = (-target_losses(backbone, [chosen, rejected])).tolist()
             out.append(Preference(chosen, rejected, (reference[0], reference[1])))
     return out

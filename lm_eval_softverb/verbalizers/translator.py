@@ -104,9 +104,9 @@ class Translator:
             return []
         adapter, read = self.loaded, self._read(backbone, prompts)
         forced = adapter.check_fits(backbone.fingerprint, force=self.force_adapter)
-        between, asked, first_row = before_text(backbone, adapter.bos, self.prefill), [], 0
+        before, asked, first_row = before_text(backbone, adapter.between, self.prefill), [], 0
         for index, prompt in enumerate(read):
-            context = (*virtual_ids(first_row, prompt.n), *between)
+            context = (*virtual_ids(first_row, prompt.n), *before)
             first_row += prompt.n
             for sample in range(max(1, self.samples)):
                 stream = int(storage.sha256_json([self.seed, prompts[index].id, sample])[:15], 16)

@@ -7,7 +7,7 @@ nothing of it reaches PEFT but numbers and names that were checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lm_eval_softverb import storage
 from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, NonFiniteError
 from lm_eval_softverb.prompt import ADAPTER_CONFIG, WEIGHTS, Fingerprint
 from lm_eval_softverb.verbalizers import KINDS, Kind
+from lm_eval_softverb.verbalizers.translator_config import Between
 
 SIDECAR = "translator.json"
 SCHEMA = 1
@@ -39,7 +40,7 @@ class TranslatorAdapter:
         targets: names of the adapted modules, or the ends of their names.
         fingerprint: the base model they were trained on.
         kind: what they were trained to say.
-        bos: whether BOS stands between a prompt's vectors and its text.
+        between: what stands between a prompt's vectors and its text.
         info: how they were made (settings, losses, prompts, data hash, versions); free-form JSON.
         source: folder they were read from, for messages.
     """
@@ -50,7 +51,7 @@ class TranslatorAdapter:
     targets: tuple[str, ...]
     fingerprint: Fingerprint
     kind: Kind
-    bos: bool
+    between: Between
     info: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
@@ -58,7 +59,7 @@ class TranslatorAdapter:
     def id(self) -> str:
         """``tr-`` and a hash of all that decides a text."""
         values = {name: storage.sha256_bytes(t.contiguous().numpy().tobytes()) for name, t in self.tensors.items()}
-        return f"tr-{storage.sha256_json([values, self.alpha, self.bos, self.targets])[:16]}"
+        return f"tr-{storage.sha256_json([values, self.alpha, asdict(self.between), self.targets])[:16]}"
 
     def save(self, folder: Path) -> Path:
         """Writes the PEFT folder and, last, ``translator.json``, so that its presence means complete."""
@@ -81,7 +82,7 @@ class TranslatorAdapter:
             "id": self.id,
             "sha256": storage.sha256_file(folder / WEIGHTS),
             "kind": self.kind,
-            "bos": self.bos,
+            **asdict(self.between),
             "fingerprint": self.fingerprint.to_json(),
             "info": dict(self.info),
         }
@@ -112,10 +113,13 @@ class TranslatorAdapter:
                 f"{path / WEIGHTS} is not the file {SIDECAR} was written for: SHA-256 {actual[:12]}…, expected "
                 f"{str(sidecar.get('sha256'))[:12]}…. Restore the tensors, or train again."
             )
-        kind, bos, info = sidecar.get("kind"), sidecar.get("bos"), sidecar.get("info", {})
-        if kind not in KINDS or not isinstance(bos, bool) or not isinstance(info, dict):
-            raise ArtifactError(f"{path / SIDECAR} has kind {kind!r}, bos {bos!r}, info {type(info).__name__}; train again.")
-        return cls(tensors, rank, alpha, targets, Fingerprint.from_json(sidecar.get("fingerprint")), kind, bos, info, str(path))
+        kind, bos, words, info = (sidecar.get(key) for key in ("kind", "bos", "words", "info"))
+        if kind not in KINDS or not isinstance(bos, bool) or not isinstance(words, str) or not isinstance(info, dict):
+            raise ArtifactError(
+                f"{path / SIDECAR} has kind {kind!r}, bos {bos!r}, words {words!r}, info {type(info).__name__}; train again."
+            )
+        fingerprint = Fingerprint.from_json(sidecar.get("fingerprint"))
+        return cls(tensors, rank, alpha, targets, fingerprint, kind, Between(bos, words), info, str(path))
 
     def check_fits(self, model: Fingerprint, *, force: bool = False) -> list[str]:
         """Compares the base model these weights were trained on with the one in use.

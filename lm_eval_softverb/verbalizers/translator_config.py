@@ -68,13 +68,26 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class Between:
+    """What stands between a prompt's vectors and its text.
+
+    Attributes:
+        bos: BOS, as in the paper.
+        words: behind it, such as "Labels:". Near the words that the prompt was tuned to stand before, reading is easier.
+    """
+
+    bos: bool = True
+    words: str = ""
+
+
+@dataclass(frozen=True)
 class TranslatorConfig(FitConfig):
     """How a translator is trained. The defaults are the preset ``fixed``.
 
     Attributes:
         kind: what its texts say: ``labels`` joined by ", ", or ``instructions``.
         rank, alpha: of LoRA.
-        bos: put the embedding of BOS between a prompt's vectors and its text, as the paper does; without, nothing.
+        bos, words: what stands between a prompt's vectors and its text, see :class:`Between`.
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
         shuffle_labels: another order of the labels in each epoch.
         originals: where a prompt has paraphrases, train on its own text, too.
@@ -85,6 +98,7 @@ class TranslatorConfig(FitConfig):
     rank: int = 4
     alpha: int = 8
     bos: bool = True
+    words: str = ""
     max_tokens: int = 300
     shuffle_labels: bool = True
     originals: bool = True
@@ -98,6 +112,10 @@ class TranslatorConfig(FitConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1.")
         _check("kind", self.kind, KINDS)
+
+    @property
+    def between(self) -> Between:
+        return Between(self.bos, self.words)
 
 
 @dataclass(frozen=True)

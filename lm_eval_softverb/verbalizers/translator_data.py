@@ -19,7 +19,7 @@ from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
-from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
+from lm_eval_softverb.verbalizers.translator_config import Between, TranslatorConfig
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,16 @@ def epoch_texts(pairs: Sequence[Pair], config: TranslatorConfig, epoch: int) -> 
     return out
 
 
-def before_text(backbone: Backbone, bos: bool, prefill: str = "") -> list[int]:
-    """Ids between a prompt's vectors and its text: BOS or nothing, and a given beginning of the text.
+def before_text(backbone: Backbone, between: Between, prefill: str = "") -> list[int]:
+    """Ids between a prompt's vectors and its text, and those of a given beginning of the text.
 
     Raises:
         ConfigError: BOS is asked for and the tokenizer has none.
     """
     own = backbone.tokenizer.bos_token_id
-    if bos and own is None:
+    if between.bos and own is None:
         raise ConfigError(f"The tokenizer of {backbone.name} has no BOS to put between prompt and text; train with bos=false.")
-    return [*([own] if bos else []), *plain_ids(backbone, prefill)]
+    return [*([own] if between.bos else []), *plain_ids(backbone, between.words), *plain_ids(backbone, prefill)]
 
 
 def plain_ids(backbone: Backbone, text: str) -> list[int]:
@@ -173,13 +173,13 @@ def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[in
 
 
 def encode(
-    backbone: Backbone, items: Iterable[tuple[SoftPrompt, str]], *, bos: bool, max_tokens: int
+    backbone: Backbone, items: Iterable[tuple[SoftPrompt, str]], *, between: Between, max_tokens: int
 ) -> tuple[list[Example], int]:
     """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut."""
-    between, examples, cut = before_text(backbone, bos), [], 0
+    before, examples, cut = before_text(backbone, between), [], 0
     for prompt, text in items:
         target, too_long = target_ids(backbone, text, max_tokens)
-        examples.append(Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *between), target))
+        examples.append(Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before), target))
         cut += too_long
     longest = max((len(e.ids) for e in examples), default=0)
     backbone.check_room(longest, "Lower max_tokens, or use prompts of fewer virtual tokens.")

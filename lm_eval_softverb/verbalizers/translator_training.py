@@ -62,7 +62,7 @@ class Translation:
 
     def _encode(self, items: Sequence[tuple[Pair, str]]) -> tuple[list[Example], int]:
         prompts = [(pair.prompt, text) for pair, text in items]
-        return encode(self.backbone, prompts, bos=self.config.bos, max_tokens=self.config.max_tokens)
+        return encode(self.backbone, prompts, between=self.config.between, max_tokens=self.config.max_tokens)
 
 
 def train_translator(
@@ -125,7 +125,7 @@ def train_translator(
     }
     return finish(
         TranslatorAdapter(
-            best, config.rank, config.alpha, layers.targets, backbone.fingerprint, config.kind, config.bos, made, str(out)
+            best, config.rank, config.alpha, layers.targets, backbone.fingerprint, config.kind, config.between, made, str(out)
         ),
         out,
         fit.processes,

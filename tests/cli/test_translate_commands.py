@@ -14,6 +14,7 @@ from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.verbalizers.bridge import Bridge
 from lm_eval_softverb.verbalizers.rerank import read_inputs
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
+from lm_eval_softverb.verbalizers.translator_config import Between
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):
         3,
         0.2,
     )
-    assert made.bos is False and config["shuffle_labels"] is False and made.info["preset"] == "fixed"
+    assert made.between == Between(False) and config["shuffle_labels"] is False and made.info["preset"] == "fixed"
     assert made.id in capsys.readouterr().out
     assert cli.main(arguments) == 1
     assert "another run" in capsys.readouterr().err

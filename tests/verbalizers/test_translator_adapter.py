@@ -13,7 +13,7 @@ from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, NonFiniteE
 from lm_eval_softverb.storage import sha256_file
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
-from lm_eval_softverb.verbalizers.translator_config import config
+from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers, layers_of
 
 CONFIG, WEIGHTS, SIDECAR = "adapter_config.json", "adapter_model.safetensors", "translator.json"
@@ -24,7 +24,9 @@ def made_of(b, folder, seed: int = 0) -> TranslatorAdapter:
     layers = LoraLayers(b, config(rank=3, alpha=6))
     stream = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(p.shape, generator=stream) * 0.3 for name, p in layers.parameters.items()}
-    adapter = TranslatorAdapter(tensors, 3, 6, layers.targets, b.fingerprint, "labels", True, {"config": {"dropout": 0.1}})
+    adapter = TranslatorAdapter(
+        tensors, 3, 6, layers.targets, b.fingerprint, "labels", Between(words="Labels:"), {"config": {"dropout": 0.1}}
+    )
     adapter.save(folder)
     return adapter
 
@@ -52,7 +54,7 @@ def test_saved_and_loaded(backbone, tmp_path):
     made = made_of(backbone("llama"), tmp_path)
     found = TranslatorAdapter.load(tmp_path)
     assert (found.id, found.rank, found.alpha, found.targets) == (made.id, 3, 6, made.targets)
-    assert (found.kind, found.bos, found.info) == ("labels", True, made.info)
+    assert (found.kind, found.between, found.info) == ("labels", Between(words="Labels:"), made.info)
     assert found.check_fits(backbone("llama").fingerprint) == []
     assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, SIDECAR}
 

@@ -12,7 +12,7 @@ from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, NonFiniteE
 from lm_eval_softverb.verbalizers import translator_training
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
-from lm_eval_softverb.verbalizers.translator_config import config
+from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_data import target_losses
 from lm_eval_softverb.verbalizers.translator_training import Translation, train_translator
 
@@ -50,7 +50,7 @@ def test_instructions(backbone, tmp_path, bank):
     prompts, entries = learnt(made, bank)
     found = Translator(adapter=str(tmp_path / "t")).verbalize(b, prompts, kind="instructions", max_new_tokens=30)
     assert [v.text for [v] in found] == [e["instruction"] for e in entries]
-    assert TranslatorAdapter.load(tmp_path / "t").bos is False
+    assert TranslatorAdapter.load(tmp_path / "t").between == Between(bos=False)
 
 
 # --- epochs, memory, numbers -----------------------------------------------------------------------------------------
