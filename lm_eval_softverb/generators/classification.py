@@ -157,46 +157,28 @@ class _Run:
     def _written(self, index: int) -> tuple[list[str], list[str]]:
         """Topic and labels of a set with cues; no labels where they cannot be used."""
         cued = self.cued[index]
-        known = self.judge.knows if self.judge else bool
-        chosen, refused = prompts.choose_labels(cued.cues, self.config.labels, self.avoided, known)
-        self.counts.update(refused)
-        if len(chosen) < self.config.labels:
-            self.counts["set_too_few_labels"] += 1
-        elif reason := self._known(chosen):
-            self.counts[reason] += 1
-        else:
-            return cued.topic.split(), chosen
-        return [], []
-
-    def _ask(self, requests: Sequence[ChatRequest]) -> list[tuple[str, bool]]:
-        """Text and whether it was cut off, per request; no text where the request was refused."""
-        out: list[tuple[str, bool]] = []
-        for start in range(0, len(requests), self.config.batch):
-            try:
-                replies = self.meter.complete(requests[start : start + self.config.batch])
-            finally:  # what was spent is known even if the label set is not finished
-                self.store.put(usage=self.meter.usage.to_json())
-            for reply in replies:
-                if reply.text is None:
-                    self.counts[f"reply_{reply.refusal}"] += 1
-                out.append((reply.text or "", reply.finish == "length"))
-        return out
+        labels = self._accepted(list(cued.cues))
+        return (cued.topic.split(), labels) if labels else ([], [])
 
     def _labels(self, index: int) -> tuple[list[str], list[str]]:
+        """The words that primed a label set, and its labels; none after the last attempt."""
         requests = _label_requests(self.config, self.words, index)
         for attempt, request in enumerate(requests):
             self.counts["label_requests"] += 1
             [(text, _)] = self._ask([request])
-            known = self.judge.knows if self.judge else bool
-            chosen, refused = prompts.choose_labels(prompts.parse_labels(text), self.config.labels, self.avoided, known)
-            self.counts.update(refused)
-            if len(chosen) < self.config.labels:
-                self.counts["set_too_few_labels"] += 1
-            elif reason := self._known(chosen):
-                self.counts[reason] += 1
-            else:
-                return _primers(self.config, self.words, index, attempt), chosen
+            if labels := self._accepted(prompts.parse_labels(text)):
+                return _primers(self.config, self.words, index, attempt), labels
         return [], []
+
+    def _accepted(self, offered: Sequence[str]) -> list[str]:
+        """The first usable labels; none where they are too few or the file has them already."""
+        known = self.judge.knows if self.judge else bool
+        chosen, refused = prompts.choose_labels(offered, self.config.labels, self.avoided, known)
+        self.counts.update(refused)
+        reason = "set_too_few_labels" if len(chosen) < self.config.labels else self._known(chosen)
+        if reason:
+            self.counts[reason] += 1
+        return [] if reason else chosen
 
     def _known(self, labels: Sequence[str]) -> str:
         """Whether the file has this label set, or one that differs in a single label."""
