@@ -160,6 +160,20 @@ class _Run:
         labels = self._accepted(list(cued.cues))
         return (cued.topic.split(), labels) if labels else ([], [])
 
+    def _ask(self, requests: Sequence[ChatRequest]) -> list[tuple[str, bool]]:
+        """Text and whether it was cut off, per request; no text where the request was refused."""
+        out: list[tuple[str, bool]] = []
+        for start in range(0, len(requests), self.config.batch):
+            try:
+                replies = self.meter.complete(requests[start : start + self.config.batch])
+            finally:  # what was spent is known even if the label set is not finished
+                self.store.put(usage=self.meter.usage.to_json())
+            for reply in replies:
+                if reply.text is None:
+                    self.counts[f"reply_{reply.refusal}"] += 1
+                out.append((reply.text or "", reply.finish == "length"))
+        return out
+
     def _labels(self, index: int) -> tuple[list[str], list[str]]:
         """The words that primed a label set, and its labels; none after the last attempt."""
         requests = _label_requests(self.config, self.words, index)
