@@ -11,6 +11,8 @@ import pytest
 from lm_eval_softverb.data import labelsets
 from lm_eval_softverb.data.dod.classification import FORMAT, SCHEMA, ClassificationDod, Reading
 from lm_eval_softverb.errors import ConfigError, DataError
+from lm_eval_softverb.generators import prompts
+from lm_eval_softverb.generators.config import evaluation_labels
 
 LABELS = ("red", "blue", "green")
 
@@ -63,7 +65,7 @@ def test_the_split_is_by_set_and_does_not_move_when_the_file_grows(tmp_path):
     small = ClassificationDod.open(make(tmp_path / "small.sqlite", sets=20))
     large = ClassificationDod.open(make(tmp_path / "large.sqlite", sets=600))
     assert set(small.names("test")) == set(large.names("test")) & set(small.names())
-    assert 30 <= len(large.names("test")) <= 90  # 10 % of 600
+    assert 90 <= len(large.names("test")) <= 150  # 20 % of 600
     assert sorted(large.names("train") + large.names("test")) == large.names()
     assert all(large.task(n).split == "test" for n in large.names("test")[:3])
     half = ClassificationDod.open(tmp_path / "large.sqlite", Reading(test_share=0.5))
@@ -142,6 +144,26 @@ def test_no_task_of_that_name_and_settings_out_of_range(tmp_path):
         dod.task("labels_0001")
     with pytest.raises(ConfigError):
         Reading(heldout=0)
+
+
+def test_the_shipped_dod_is_what_its_card_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dod = ClassificationDod.open("tight")
+    card = (labelsets.FILE.parent / "tight.md").read_text()
+    assert (len(dod.names()), len(dod.names("train")), len(dod.names("test"))) == (282, 231, 51)
+    assert "282 classification tasks" in card and "231 label sets are for training, 51" in card
+    texts = {name: {label: [*a, *b] for label, (a, b) in labels.items()} for name, labels in dod.sets.items()}
+    assert all(len(labels) == 5 and all(len(s) == 24 for s in labels.values()) for labels in texts.values())
+    every = [sentence for labels in texts.values() for s in labels.values() for sentence in s]
+    assert len({prompts.normalised(s) for s in every}) == len(every) == 33_840
+    for labels in texts.values():
+        for sentence in [s for own in labels.values() for s in own][::7]:
+            assert not any(prompts.mentions(sentence, label) for label in labels), sentence
+    assert not {prompts.stem(label) for labels in texts.values() for label in labels} & evaluation_labels()
+    assert dod.reference()["source"] == "tight"
+    (tmp_path / "tight").write_text("a file of that name comes first")
+    with pytest.raises(DataError, match="not a readable file"):
+        ClassificationDod.open("tight")
 
 
 def test_the_shipped_label_sets_are_a_small_dod():
