@@ -7,7 +7,7 @@ import torch
 from lm_eval_softverb.backbone import Backbone
 
 # Padded tokens of one forward and backward pass; activations for the backward pass grow with them, speed does not beyond.
-TOKENS_ON_CPU, TOKENS_ON_GPU = 4096, 1 << 15
+TOKENS_ON_CPU, TOKENS_ON_GPU = 2048, 1 << 15
 
 
 def tokens_per_pass(backbone: Backbone) -> int:
