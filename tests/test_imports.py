@@ -22,7 +22,7 @@ FLOORS = [
     {"storage", "plugin"},
     {"frame", "checkpoint"},
     {"prompt"},
-    {"attention", "bank", "chat", "pretrained"},
+    {"bank", "chat", "pretrained"},
     {"data", "backbone"},
     {"batching", "decoding", "residual", "endpoints", "fitting"},
     {"metrics"},

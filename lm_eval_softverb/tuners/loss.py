@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lm_eval_softverb.attention import plain_attention
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import shared_length
+from lm_eval_softverb.fitting import attention
 from lm_eval_softverb.tuners.encoding import Example
 
 Part = tuple[int, Sequence[Example]]
@@ -97,7 +97,7 @@ def backward(
     means = torch.zeros(len(batches), device=backbone.device, dtype=torch.float64)
     for parts in passes(batches, max_tokens):
         index = torch.tensor([i for i, _ in parts], device=backbone.device)
-        with plain_attention(backbone.model):
+        with attention(backbone):
             found = loss_sums(backbone, prompts, parts) / tokens[index]
             found.sum().backward()
         means[index] += found.detach().double()

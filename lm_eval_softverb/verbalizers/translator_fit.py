@@ -17,11 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_eval_softverb import checkpoint, storage
-from lm_eval_softverb.attention import plain_attention
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import is_out_of_memory
 from lm_eval_softverb.errors import NonFiniteError
-from lm_eval_softverb.fitting import tokens_per_pass
+from lm_eval_softverb.fitting import attention, tokens_per_pass
 from lm_eval_softverb.verbalizers.translator_config import FitConfig
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
@@ -197,7 +196,7 @@ class Fit(Generic[E]):
         self.optimiser.zero_grad()  # also of an attempt that ran out of memory
         device, total = self.backbone.device, 0.0
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.layers.on(training=True), plain_attention(self.backbone.model):
+        with torch.random.fork_rng(devices=devices), self.layers.on(training=True), attention(self.backbone):
             # Dropout depends on the seed, the step and the process only, so a resumed run draws the same masks.
             own = storage.sha256_json([self.config.seed, self.progress.step, self.processes.rank])
             torch.manual_seed(int(own[:15], 16))
