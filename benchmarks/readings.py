@@ -82,10 +82,9 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
             given["adapter"] = adapter(out, arm["translator"], seed)
         if arm.get("select"):
             given["selection"] = out / "selection" / "selection.json"
-        if a.dod:
-            given["dod"] = a.dod
         command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
         command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
+        command += ["--metadata", json.dumps({"dod": a.dod})] if a.dod else []
         run(name, [*command, "--output_path", folder, "--log_samples"])
         found.append(read_run(folder, name))
     return found
