@@ -63,6 +63,8 @@ Run the same command again after an interruption: finished grids are kept.
     p.add_argument("--dod", help="where the bank's DoD is, if its texts are not in the manifest and it lies elsewhere now")
     p.add_argument("--train-split", default="train", help="prompts to choose on (default: %(default)s)")
     p.add_argument("--test-split", default="test", help="prompts to report on (default: %(default)s)")
+    p.add_argument("--most-train", type=int, help="choose on at most this many prompts, the first of the bank")
+    p.add_argument("--most-test", type=int, help="report on at most this many")
     p.add_argument("--max-new-tokens", type=int, help="longest text (default: 40 for labels, 100 for instructions)")
     _reading_arguments(p)
 
@@ -154,7 +156,11 @@ def select(a: argparse.Namespace) -> int:
     for prompt in bank.prompts:
         prompt.check_fits(backbone.fingerprint, force=a.force)
     new = a.max_new_tokens or MAX_NEW_TOKENS[a.kind]
-    options = {"train": a.train_split, "test": a.test_split, "overwrite": a.overwrite, "progress": not a.quiet}
+    for name, most in (("--most-train", a.most_train), ("--most-test", a.most_test)):
+        if most is not None and most < 1:
+            raise ConfigError(f"{name} is {most}, expected at least 1.")
+    options = {"train": a.train_split, "test": a.test_split, "most_train": a.most_train, "most_test": a.most_test}
+    options |= {"overwrite": a.overwrite, "progress": not a.quiet}
     chosen = select(backbone, bank, a.out, kind=a.kind, inspect=inspect, max_new_tokens=new, **options)
     print((a.out / f"report-{a.kind}.csv").read_text())
     source, target = chosen.pairs[a.kind]

@@ -61,10 +61,16 @@ def select(
     max_new_tokens: int,
     train: str = "train",
     test: str = "test",
+    most_train: int | None = None,
+    most_test: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Selection:
     """Runs the whole grid for every prompt and chooses.
+
+    Args:
+        train, test: splits to choose and to report on; of each at most ``most_train`` and ``most_test`` prompts, the first of
+            the bank (for a model of 30 layers each prompt is 900 texts).
 
     Writes ``selection.json``, ``report-KIND.csv``, ``report-KIND.html`` and ``texts-KIND.jsonl``. Grids are kept in
     ``grids/``; called again after a kill, only missing ones are computed. A ``selection.json`` that is there keeps its pair of
@@ -75,9 +81,10 @@ def select(
         ArtifactError: ``out`` holds grids of another run and ``overwrite`` is false.
     """
     field = "labels" if kind == "labels" else "instruction"
+    known = [(p, e) for p, e in zip(bank.prompts, bank.entries, strict=True) if e.get(field)]
     parts = {
-        split: [(p, e) for p, e in zip(bank.prompts, bank.entries, strict=True) if e.get("split") == split and e.get(field)]
-        for split in (train, test)
+        split: [(p, e) for p, e in known if e.get("split") == split][:most]
+        for split, most in ((train, most_train), (test, most_test))
     }
     for split, members in parts.items():
         if not members:

@@ -79,6 +79,14 @@ def test_chosen_on_training_prompts_reported_on_test_prompts(model, bank, texts,
     assert "<svg" in page and "blue, red" in page and "needs the answer" in page
 
 
+def test_grids_of_the_first_prompts_only(model, bank, texts, tmp_path):
+    chosen = run(model, bank, tmp_path, most_train=2, most_test=1)
+    assert chosen.info["labels"]["prompts"] == ["p0", "p2"] and len(texts) == 3
+    assert {r["n"] for r in csv.DictReader((tmp_path / "report-labels.csv").open())} == {"1"}
+    assert run(model, bank, tmp_path).info["labels"]["prompts"] == ["p0", "p2", "p4"]  # the grids there are kept
+    assert len(texts) == 5
+
+
 def test_the_pair_it_names_is_the_one_the_method_uses(model, bank, texts, tmp_path, monkeypatch):
     run(model, bank, tmp_path)
     assert Inspect(selection=str(tmp_path / "selection.json")).pair(3, "labels") == (0, 1)
