@@ -47,20 +47,28 @@ minutes; the verdicts are kept in the cache folder.
         subparsers,
         "texts",
         texts,
-        "Write what a bank's prompts are for as texts for --model hardprompt: the upper bound, and a control.",
+        "Write a text per prompt of a bank for --model hardprompt: what it is for (the upper bound), or a control.",
         """
   softverb dod texts --bank banks/general --out gold.jsonl
   softverb dod texts --bank banks/general --out other.jsonl --other
+  softverb dod texts --bank banks/general --out shots.jsonl --shots 5
+  softverb dod texts --bank banks/general --out majority.jsonl --majority
   lm_eval --model hardprompt --model_args pretrained=smollm2-135m,prompt_file=gold.jsonl \\
       --metadata '{"bank": "banks/general"}' --tasks dod_general
+  lm_eval --model replay --model_args file=majority.jsonl --metadata '{"bank": "banks/general"}' --tasks dod_general
 
-Definitions of others are read from their DoD; do not publish the file.
+Definitions and rows of others are read from their DoD; do not publish the file. `softverb arms` does all of this at once.
 """,
     )
     p.add_argument("--bank", type=Path, required=True, help="folder of soft prompts whose ground truth is known")
     p.add_argument("--out", type=Path, required=True, help="JSONL file, one line per prompt")
-    p.add_argument("--other", action="store_true", help="give each prompt the text of another one of its split instead")
-    p.add_argument("--seed", type=int, default=0, help="--other: of who gets whose (default: %(default)s)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--other", action="store_true", help="give each prompt the text of another one of its split instead")
+    what.add_argument("--shots", type=int, metavar="K", help="K training rows of the prompt's task as examples instead")
+    what.add_argument(
+        "--majority", action="store_true", help="the most frequent output of the training rows, as an answer for --model replay"
+    )
+    p.add_argument("--seed", type=int, default=0, help="--other, --shots: of who gets what (default: %(default)s)")
     p.add_argument("--dod", help="where the bank's DoD is, if its texts are not in the manifest and it lies elsewhere now")
 
 
@@ -137,13 +145,16 @@ def audit(a: argparse.Namespace) -> int:
 def texts(a: argparse.Namespace) -> int:
     from lm_eval_softverb import storage
     from lm_eval_softverb.bank import Bank
-    from lm_eval_softverb.data.verbalization import another, truths
+    from lm_eval_softverb.compare import fillings
 
     storage.require_writable(a.out.parent)
-    found = truths(Bank.load(a.bank), a.dod)
-    given = another(found, a.seed) if a.other else found
-    method = "other" if a.other else "gold"
-    lines = [{"prompt_id": name, "text": text, "rank": 0, "method": method} for name, (_, text) in given.items()]
+    bank = Bank.load(a.bank)
+    if a.shots is not None:
+        lines = fillings.shots(bank, a.shots, a.seed, a.dod)
+    elif a.majority:
+        lines = fillings.majority(bank, a.dod)
+    else:
+        lines = fillings.other(bank, a.seed, a.dod) if a.other else fillings.gold(bank, a.dod)
     storage.write_jsonl(a.out, lines)
     print(f"Texts of {len(lines)} prompts in {a.out}")
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lm_eval_softverb.bank import Bank, manifest_of
-from lm_eval_softverb.data.dod import Dod
+from lm_eval_softverb.data.dod import Dod, DodTask
 from lm_eval_softverb.data.dod.opening import open_dod, source_of
 from lm_eval_softverb.errors import ConfigError, DataError, did_you_mean
 from lm_eval_softverb.storage import read_jsonl, sha256_json
@@ -150,25 +150,50 @@ def another(found: Mapping[str, tuple[str, str]], seed: int) -> dict[str, tuple[
     return {name: out[name] for name in found}
 
 
-class _Truth:
-    """Ground truth of manifest lines, read from their DoD where they hold only its hash."""
+class DodTasks:
+    """The DoD tasks that manifest lines name; each DoD is opened once.
+
+    Args:
+        override: where the DoD is on this machine, if the manifest names another place.
+        open_: opens a DoD.
+    """
 
     def __init__(self, override: str | None, open_: Open) -> None:
         self._override, self._open = override, open_
         self._opened: dict[str, Dod] = {}
 
-    def of(self, entry: Mapping[str, Any], field: str, where: str) -> Any:
-        wanted, reference = entry.get("truth_sha256"), entry.get("dod")
-        if field in entry or wanted is None or not isinstance(reference, dict):
-            return entry.get(field)
+    def of(self, entry: Mapping[str, Any], where: str) -> tuple[DodTask, str]:
+        """The task of one line, and where it was read.
+
+        Raises:
+            DataError: the line names no DoD or task, or they are not there.
+        """
+        reference = entry.get("dod")
+        if not isinstance(reference, dict):
+            raise DataError(
+                f"{where}: 'dod' is {reference!r}, expected the DoD of the prompt's task, as `softverb bank` writes it."
+            )
         try:
             source, settings = self._override or source_of(reference), reference.get("settings") or {}
             key = json.dumps([source, settings], sort_keys=True)
             if key not in self._opened:
                 self._opened[key] = self._open(source, settings)
-            task = self._opened[key].task(_text(entry.get("task"), f"{where}: 'task'"))
+            return self._opened[key].task(_text(entry.get("task"), f"{where}: 'task'")), source
         except ConfigError as error:
             raise DataError(f"{where}: {error} Pass dod=… for another place of the data.") from error
+
+
+class _Truth:
+    """Ground truth of manifest lines, read from their DoD where they hold only its hash."""
+
+    def __init__(self, override: str | None, open_: Open) -> None:
+        self._tasks = DodTasks(override, open_)
+
+    def of(self, entry: Mapping[str, Any], field: str, where: str) -> Any:
+        wanted = entry.get("truth_sha256")
+        if field in entry or wanted is None or not isinstance(entry.get("dod"), dict):
+            return entry.get(field)
+        task, source = self._tasks.of(entry, where)
         truth = {"labels": list(task.labels), "instruction": task.instruction}
         if sha256_json(truth) != wanted:
             raise DataError(

@@ -1,4 +1,4 @@
-"""``softverb dod list`` and ``softverb dod audit`` on tiny data."""
+"""``softverb dod list``, ``audit`` and ``texts`` on tiny data."""
 
 from __future__ import annotations
 
@@ -50,3 +50,42 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path, capsys, mo
     assert "near-duplicate pairs" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--near is 2\.0"):
         run("audit", root, "--near", "2")
+
+
+def test_texts_of_every_kind(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from lm_eval_softverb.bank import Bank
+    from lm_eval_softverb.data.dod.classification import ClassificationDod
+    from lm_eval_softverb.models.hardprompts import HardPrompts
+    from lm_eval_softverb.models.replay import ReplayLM
+    from lm_eval_softverb.prompt import SoftPrompt
+
+    dod = ClassificationDod.from_labelsets()
+    names = dod.names()[:4]
+    entries = [{"prompt_id": f"p-{n}", "task": n, "split": "test", "dod": dod.reference()} for n in names]
+    entries = [{**e, "labels": list(dod.task(e["task"]).labels)} for e in entries]
+    Bank.save(tmp_path / "bank", [(SoftPrompt(torch.ones(2, 32)), e) for e in entries])
+
+    def texts(*more):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        assert run("texts", "--bank", str(tmp_path / "bank"), "--out", str(out), *more) == 0
+        return out, HardPrompts.read(str(out)).texts
+
+    gold = texts()[1]
+    assert gold == {f"p-{n}": ", ".join(dod.task(n).labels) for n in names}
+    other = texts("--other", "--seed", "3")[1]
+    assert sorted(other.values()) == sorted(gold.values()) and all(other[n] != gold[n] for n in gold)
+    for name, text in texts("--shots", "5")[1].items():
+        task = dod.task(name.removeprefix("p-"))
+        examples = [part.partition(" Label: ") for part in text.split("\n\n")]
+        assert sorted(label for _, _, label in examples) == sorted(task.labels)
+        assert {f"{sentence} Label:" for sentence, _, _ in examples} <= {r.input for r in task.train}
+    out, most = texts("--majority")
+    assert all(most[f"p-{n}"] in dod.task(n).labels for n in names)
+    assert len(ReplayLM(file=str(out)).texts) == len(names)
+    assert "Texts of" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        texts("--majority", "--shots", "5")
+    with pytest.raises(ConfigError, match="is 0, expected at least 1"):
+        texts("--shots", "0")
