@@ -21,6 +21,7 @@ MODELS = {
     "softprompt": "lm_eval_softverb.models.softprompt:SoftPromptLM",
     "verbalizer": "lm_eval_softverb.models.verbalizer:VerbalizerLM",
     "inspect": "lm_eval_softverb.models.verbalizer:InspectLM",
+    "elicit": "lm_eval_softverb.models.verbalizer:ElicitLM",
     "selfverb": "lm_eval_softverb.models.verbalizer:SelfVerbLM",
     "translator": "lm_eval_softverb.models.verbalizer:TranslatorLM",
     "nearest": "lm_eval_softverb.models.verbalizer:NearestLM",

@@ -40,7 +40,7 @@ class VerbalizerLM(LM):
     Args:
         pretrained: base model of the prompts: hub id, folder, or the packaged name ``smollm2-135m``.
         bank: folder of the soft prompts; each document takes the one its ``prompt_field`` names, else the one of its task.
-        method: ``inspect``, ``selfverb``, ``translator`` or ``nearest``; the aliases of ``--model`` fix it.
+        method: ``inspect``, ``elicit``, ``selfverb``, ``translator`` or ``nearest``; the aliases of ``--model`` fix it.
         kind: ``labels`` or ``instructions`` for documents that do not say what they ask for.
         control: ``random`` reads random vectors of the prompts' norms instead of the prompts.
         control_seed: of these vectors.
@@ -257,6 +257,13 @@ class InspectLM(VerbalizerLM):
     """``--model inspect``: InSPEcT; see :class:`~lm_eval_softverb.verbalizers.inspect_grid.Inspect` for its settings."""
 
     fixed_method = "inspect"
+
+
+@register_model("elicit")
+class ElicitLM(VerbalizerLM):
+    """``--model elicit``: what a prompt answers to neutral inputs; see :class:`~lm_eval_softverb.verbalizers.elicit.Elicit`."""
+
+    fixed_method = "elicit"
 
 
 @register_model("selfverb")

@@ -15,6 +15,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 METHODS = {
     "nearest": "lm_eval_softverb.verbalizers.nearest:Nearest",
     "inspect": "lm_eval_softverb.verbalizers.inspect_grid:Inspect",
+    "elicit": "lm_eval_softverb.verbalizers.elicit:Elicit",
     "selfverb": "lm_eval_softverb.verbalizers.selfverb:SelfVerb",
     "translator": "lm_eval_softverb.verbalizers.translator:Translator",
 }

@@ -104,7 +104,7 @@ def divergences(
         raise ConfigError(f"Re-ranking needs a decoder-only model, which {backbone.name} is not.")
     slots = [list(virtual_ids(0, prompt.n))]
     slots += [list(backbone.tokenizer.encode(text, add_special_tokens=False)) if text else [] for text in texts]
-    contexts = [[_context(backbone, prompt, slot, x) for slot in slots] for x in inputs]
+    contexts = [[with_slot(backbone, prompt, slot, x) for slot in slots] for x in inputs]
     longest = [max(map(len, own)) + answer_tokens for own in contexts]
     backbone.check_room(max(longest), "Leave out the longest inputs.")
     run = partial(_compared, backbone, backbone.stack([prompt]), contexts, answer_tokens)
@@ -120,7 +120,7 @@ def divergences(
     return [float(x) for x in sums / positions]
 
 
-def _context(backbone: Backbone, prompt: SoftPrompt, slot: Sequence[int], text: str) -> list[int]:
+def with_slot(backbone: Backbone, prompt: SoftPrompt, slot: Sequence[int], text: str) -> list[int]:
     """Ids of an input with ``slot`` in the prompt's place, rendered as the prompt was trained."""
     tokenizer = backbone.tokenizer
 

@@ -24,7 +24,7 @@ from lm_eval_softverb.verbalizers.answers import confidences, pooled
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.bridge import Bridge
 from lm_eval_softverb.verbalizers.rerank import read_inputs, rerank
-from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
+from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter, shipped
 from lm_eval_softverb.verbalizers.translator_data import before_text, plain_ids
 from lm_eval_softverb.verbalizers.translator_lora import layers_of
 
@@ -38,7 +38,8 @@ class Translator:
     have as confidence. ``details["cut"]`` says whether ``max_new_tokens`` ended a text rather than EOS.
 
     Attributes:
-        adapter: folder written by ``softverb translate train``.
+        adapter: folder written by ``softverb translate train``, or the name of a shipped translator: ``smollm2-135m-labels``,
+            ``smollm2-135m-instructions``.
         samples: 0 is greedy; otherwise how many to draw, from all tokens.
         temperature: of the samples.
         seed: of the samples; each also depends on the prompt's id and its number, and on nothing else.
@@ -63,7 +64,10 @@ class Translator:
 
     def __post_init__(self) -> None:
         if not self.adapter:
-            raise ConfigError("Method 'translator' needs adapter=DIR, a folder written by `softverb translate train`.")
+            raise ConfigError(
+                "Method 'translator' needs adapter=DIR, a folder written by `softverb translate train`, or the name of a "
+                f"shipped translator: {', '.join(shipped())}."
+            )
         if self.samples < 0:
             raise ConfigError(f"samples is {self.samples}, expected 0 (greedy) or the number of samples to draw.")
         if not 0 < self.temperature < math.inf:

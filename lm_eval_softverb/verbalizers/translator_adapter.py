@@ -24,6 +24,8 @@ from lm_eval_softverb.verbalizers.translator_config import Between
 SIDECAR = "translator.json"
 SCHEMA = 1
 MAX_RANK = 1024
+SHIPPED = Path(__file__).with_name("translators")
+"""One folder per translator that comes with the package."""
 # Entries of adapter_config.json that would change what the weights mean; absent or empty in what we write.
 _FOREIGN = (
     *("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules", "layer_replication"),
@@ -91,16 +93,18 @@ class TranslatorAdapter:
 
     @classmethod
     def load(cls, folder: Path | str) -> TranslatorAdapter:
-        """Reads a folder of :meth:`save`.
+        """Reads a folder of :meth:`save`, or the shipped translator of that name.
 
         Raises:
             ArtifactError: anything about the files that does not fit; the message names the file.
         """
-        path = Path(folder).expanduser()
+        path, known = Path(folder).expanduser(), shipped()
+        if not path.exists() and str(folder) in known:
+            path = SHIPPED / str(folder)
         if not (path / SIDECAR).exists():
             raise ArtifactError(
                 f"{path} is no translator: {SIDECAR} is missing (it is written last, so training is not finished). "
-                "Pass the folder that `softverb translate train` wrote."
+                f"Pass the folder that `softverb translate train` wrote, or the name of a shipped one: {', '.join(known)}."
             )
         rank, alpha, targets = _lora_config(path / ADAPTER_CONFIG)
         sidecar = storage.read_json(path / SIDECAR)
@@ -138,6 +142,11 @@ class TranslatorAdapter:
                 "for this one, or pass force_adapter=true where only the width is the same (the texts will say so)."
             )
         return found
+
+
+def shipped() -> list[str]:
+    """Names of the translators that come with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob(f"*/{SIDECAR}"))
 
 
 def _lora_config(file: Path) -> tuple[int, int, tuple[str, ...]]:

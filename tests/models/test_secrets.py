@@ -11,7 +11,18 @@ from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.models.secrets import refuse_secrets
 
 CANARY = "sk-canary0123456789"
-MODELS = ["softprompt", "verbalizer", "translator", "inspect", "selfverb", "nearest", "hardprompt", "hardprompt-chat", "replay"]
+MODELS = [
+    "softprompt",
+    "verbalizer",
+    "translator",
+    "inspect",
+    "elicit",
+    "selfverb",
+    "nearest",
+    "hardprompt",
+    "hardprompt-chat",
+    "replay",
+]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -132,7 +132,7 @@ def test_f24_documents_of_another_bank_are_refused(bank, model):
         lm.generate_until(requests([{**doc, "target": "green, yellow"}]), disable_tqdm=True)
 
 
-@pytest.mark.parametrize("alias", ["inspect", "selfverb", "nearest"])
+@pytest.mark.parametrize("alias", ["inspect", "elicit", "selfverb", "nearest"])
 def test_the_aliases_run_both_tasks_through_the_harness(bank, tiny, alias, monkeypatch, hashing):
     import lm_eval
     from lm_eval.tasks import TaskManager
