@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol, cast
 from lm_eval_softverb import storage
 from lm_eval_softverb.errors import ArtifactError, BackendError, BudgetExceeded, ConfigError, did_you_mean
 
-Refusal = Literal["", "no_choices", "null_content", "empty", "content_filter", "malformed", "server", "rate_limit", "timeout"]
+Refusal = Literal[
+    "", "no_choices", "null_content", "empty", "content_filter", "malformed", "connection", "server", "rate_limit", "timeout"
+]
 """Why there is no text; empty where there is."""
 
 

@@ -7,6 +7,7 @@ final for the whole run, or tried again a bounded number of times and then count
 from __future__ import annotations
 
 import email.utils
+import json
 import os
 import random
 import threading
@@ -22,7 +23,7 @@ from lm_eval_softverb.errors import BackendError, BudgetExceeded, ConfigError, M
 
 KEY = "OPENAI_API_KEY"
 OFFICIAL = "https://api.openai.com/v1"
-TRANSPORT = frozenset({"server", "rate_limit", "timeout"})
+TRANSPORT = frozenset({"connection", "server", "rate_limit", "timeout"})
 QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"})
 # A request is worth trying again after these (and after any 5xx); every other status will be the same next time.
 TRANSIENT = frozenset({408, 409, 425, 429})
@@ -192,7 +193,7 @@ class OpenAIChat:
         except self._sdk.APITimeoutError:
             return Reply(None, "timeout"), None
         except self._sdk.APIConnectionError:
-            return Reply(None, "server"), None
+            return Reply(None, "connection"), None
         except self._sdk.APIStatusError as error:
             return self._status(error)
         except (self._sdk.APIError, ValueError):  # ValueError: the SDK lets a JSONDecodeError through
@@ -218,8 +219,10 @@ class OpenAIChat:
 
     def _clean(self, error: Any) -> str:
         """The server's words in one short line; some servers repeat the key."""
-        text = " ".join(str(getattr(error, "message", error)).split())
-        return self._hide(text)[:300]
+        text, body = str(getattr(error, "message", error)), getattr(error, "body", None)
+        if body and " - " not in text:  # the SDK quotes OpenAI's own shape of errors only
+            text += f" - {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}"
+        return self._hide(" ".join(text.split()))[:300]
 
     def _hide(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text

@@ -125,6 +125,21 @@ def test_f19_what_cannot_get_better_stops_at_once(status, body, serve, capsys):
     assert stop.value.__cause__ is None or CANARY not in str(stop.value.__cause__)
 
 
+@pytest.mark.parametrize("body", [{"detail": "pinned to another"}, {"error": "pinned to another"}, {"oops": ["pinned to another"]}])
+def test_f19_the_servers_reason_is_told_in_whatever_shape_it_comes(body, serve):
+    _, backend = serve([(400, {**body, "key": CANARY}, {})])
+    with pytest.raises(BackendError, match=r"status 400.*pinned to another") as stop:
+        ask(backend)
+    assert CANARY not in str(stop.value)
+
+
+def test_f21_nothing_listens(serve):
+    server, backend = serve(attempts=2)
+    server.close()
+    with pytest.raises(BackendError, match="last reason: connection"):
+        ask(backend)
+
+
 def test_f19_requests_that_wait_are_not_sent_and_answers_before_are_reported(serve):
     server, backend = serve([(200, good("first"), {}), (401, error(), {})], concurrency=1)
     with pytest.raises(BackendError) as stop:
