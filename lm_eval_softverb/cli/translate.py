@@ -89,6 +89,7 @@ Run the same command again after an interruption: training goes on from its last
     )
     p.add_argument("--no-originals", action="store_true", help="where a prompt has paraphrases, leave out its own text")
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
+    p.add_argument("--answers", action="store_true", help="in front of it, what the prompt answers to neutral inputs (elicit)")
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
     p.add_argument("--fixed-order", action="store_true", help="labels in the manifest's order in every epoch")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
@@ -130,6 +131,7 @@ def _configs(a: argparse.Namespace) -> tuple[TranslatorConfig, PreferenceConfig 
         a.preset,
         learning_rate=a.lr,
         bos=False if a.no_bos else None,
+        answers=a.answers or None,
         originals=False if a.no_originals else None,
         shuffle_labels=False if a.fixed_order else None,
         **{name: getattr(a, name) for name in (*_SETTINGS, *_OPTIMISER, *_BOTH)},

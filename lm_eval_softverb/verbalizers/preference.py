@@ -26,8 +26,8 @@ from lm_eval_softverb.verbalizers.rerank import Reranked, inputs_of, read_inputs
 from lm_eval_softverb.verbalizers.texts import verbalize_to
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
-from lm_eval_softverb.verbalizers.translator_config import Between, PreferenceConfig
-from lm_eval_softverb.verbalizers.translator_data import Example, encode, held_out, pairs_of, target_losses
+from lm_eval_softverb.verbalizers.translator_config import PreferenceConfig
+from lm_eval_softverb.verbalizers.translator_data import Example, Heads, encode, heads, held_out, pairs_of, target_losses
 from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 from lm_eval_softverb.verbalizers.translator_training import facts, finish, finished_before, run_of
@@ -152,9 +152,10 @@ def train_preferences(
         )
     layers = LoraLayers(backbone, first, dropout=config.dropout)
     layers.load(first.tensors, first.source)
+    before = heads(backbone, [names[name].prompt for name in chosen], first.between, first.kind, progress=progress)
     sides = held_out([names[name] for name in chosen], config.validation, config.seed)
     training, validation = (
-        _referenced(backbone, layers, [(names[p.name], *chosen[p.name]) for p in side], first.between, config.max_tokens)
+        _referenced(backbone, layers, [(names[p.name], *chosen[p.name]) for p in side], before, config.max_tokens)
         for side in sides
     )
     objective = Preferring(backbone, training, validation, config)
@@ -190,13 +191,13 @@ def preferred(lines: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
 
 @torch.no_grad()
 def _referenced(
-    backbone: Backbone, layers: LoraLayers, texts: Sequence[tuple[Any, str, str]], between: Between, most: int
+    backbone: Backbone, layers: LoraLayers, texts: Sequence[tuple[Any, str, str]], before: Heads, most: int
 ) -> list[Preference]:
     out = []
     with layers.on():
         for pair, best, worst in texts:
             (chosen, rejected), _ = encode(
-                backbone, [(pair.prompt, best), (pair.prompt, worst)], between=between, max_tokens=most
+                backbone, [(pair.prompt, best), (pair.prompt, worst)], before=before, max_tokens=most
             )
             reference = (-target_losses(backbone, [chosen, rejected])).tolist()
             out.append(Preference(chosen, rejected, (reference[0], reference[1])))

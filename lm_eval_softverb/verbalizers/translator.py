@@ -25,7 +25,7 @@ from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.bridge import Bridge
 from lm_eval_softverb.verbalizers.rerank import read_inputs, rerank
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter, shipped
-from lm_eval_softverb.verbalizers.translator_data import before_text, plain_ids
+from lm_eval_softverb.verbalizers.translator_data import heads, plain_ids
 from lm_eval_softverb.verbalizers.translator_lora import layers_of
 
 
@@ -108,9 +108,13 @@ class Translator:
             return []
         adapter, read = self.loaded, self._read(backbone, prompts)
         forced = adapter.check_fits(backbone.fingerprint, force=self.force_adapter)
-        before, asked, first_row = before_text(backbone, adapter.between, self.prefill), [], 0
+        if self.bridge and adapter.between.answers:
+            raise ConfigError(
+                "This translator reads what the prompts' own model answers, which a bridge leaves; train one without."
+            )
+        before, asked, first_row = heads(backbone, read, adapter.between, adapter.kind, prefill=self.prefill), [], 0
         for index, prompt in enumerate(read):
-            context = (*virtual_ids(first_row, prompt.n), *before)
+            context = (*virtual_ids(first_row, prompt.n), *before[prompt.id])
             first_row += prompt.n
             for sample in range(max(1, self.samples)):
                 stream = int(storage.sha256_json([self.seed, prompts[index].id, sample])[:15], 16)

@@ -117,13 +117,13 @@ class TranslatorAdapter:
                 f"{path / WEIGHTS} is not the file {SIDECAR} was written for: SHA-256 {actual[:12]}…, expected "
                 f"{str(sidecar.get('sha256'))[:12]}…. Restore the tensors, or train again."
             )
-        kind, bos, words, info = (sidecar.get(key) for key in ("kind", "bos", "words", "info"))
-        if kind not in KINDS or not isinstance(bos, bool) or not isinstance(words, str) or not isinstance(info, dict):
-            raise ArtifactError(
-                f"{path / SIDECAR} has kind {kind!r}, bos {bos!r}, words {words!r}, info {type(info).__name__}; train again."
-            )
+        kind, info = sidecar.get("kind"), sidecar.get("info")
+        between: dict[str, Any] = {key: sidecar.get(key) for key in asdict(Between())}
+        fits = all(type(between[key]) is type(default) for key, default in asdict(Between()).items())
+        if kind not in KINDS or not fits or not isinstance(info, dict):
+            raise ArtifactError(f"{path / SIDECAR} has kind {kind!r}, {between}, info {type(info).__name__}; train again.")
         fingerprint = Fingerprint.from_json(sidecar.get("fingerprint"))
-        return cls(tensors, rank, alpha, targets, fingerprint, kind, Between(bos, words), info, str(path))
+        return cls(tensors, rank, alpha, targets, fingerprint, kind, Between(**between), info, str(path))
 
     def check_fits(self, model: Fingerprint, *, force: bool = False) -> list[str]:
         """Compares the base model these weights were trained on with the one in use.

@@ -74,10 +74,12 @@ class Between:
     Attributes:
         bos: BOS, as in the paper.
         words: behind it, such as "Labels:". Near the words that the prompt was tuned to stand before, reading is easier.
+        answers: between the two, what the frozen model answers under the prompt to neutral inputs (method ``elicit``).
     """
 
     bos: bool = True
     words: str = ""
+    answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class TranslatorConfig(FitConfig):
     Attributes:
         kind: what its texts say: ``labels`` joined by ", ", or ``instructions``.
         rank, alpha: of LoRA.
-        bos, words: what stands between a prompt's vectors and its text, see :class:`Between`.
+        bos, words, answers: what stands between a prompt's vectors and its text, see :class:`Between`.
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
         shuffle_labels: another order of the labels in each epoch.
         originals: where a prompt has paraphrases, train on its own text, too.
@@ -99,6 +101,7 @@ class TranslatorConfig(FitConfig):
     alpha: int = 8
     bos: bool = True
     words: str = ""
+    answers: bool = False
     max_tokens: int = 300
     shuffle_labels: bool = True
     originals: bool = True
@@ -115,7 +118,7 @@ class TranslatorConfig(FitConfig):
 
     @property
     def between(self) -> Between:
-        return Between(self.bos, self.words)
+        return Between(self.bos, self.words, self.answers)
 
 
 @dataclass(frozen=True)

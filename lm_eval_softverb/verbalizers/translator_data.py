@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
@@ -18,7 +19,8 @@ from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.verbalizers import Kind
+from lm_eval_softverb.verbalizers import MAX_NEW_TOKENS, Kind
+from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, TranslatorConfig
 
 
@@ -141,16 +143,44 @@ def epoch_texts(pairs: Sequence[Pair], config: TranslatorConfig, epoch: int) -> 
     return out
 
 
-def before_text(backbone: Backbone, between: Between, prefill: str = "") -> list[int]:
-    """Ids between a prompt's vectors and its text, and those of a given beginning of the text.
+Heads = Mapping[str, Sequence[int]]
+"""Prompt id → ids between its vectors and its text."""
+TOGETHER = 16
+"""Prompts whose answers are drawn together."""
+
+
+def heads(
+    backbone: Backbone,
+    prompts: Iterable[SoftPrompt],
+    between: Between,
+    kind: Kind,
+    *,
+    prefill: str = "",
+    progress: bool = False,
+) -> Heads:
+    """What stands between each prompt's vectors and its text, and behind it a given beginning of the text.
+
+    Without the LoRA layers in the model: the answers in it are the frozen model's.
 
     Raises:
-        ConfigError: BOS is asked for and the tokenizer has none.
+        ConfigError: BOS is asked for and the tokenizer has none; or as for ``elicit``.
     """
-    own = backbone.tokenizer.bos_token_id
+    own, different = backbone.tokenizer.bos_token_id, list({p.id: p for p in prompts}.values())
     if between.bos and own is None:
         raise ConfigError(f"The tokenizer of {backbone.name} has no BOS to put between prompt and text; train with bos=false.")
-    return [*([own] if between.bos else []), *plain_ids(backbone, between.words), *plain_ids(backbone, prefill)]
+    start = [own] if between.bos else []
+    end = [*plain_ids(backbone, between.words), *plain_ids(backbone, prefill)]
+    if not between.answers:
+        return {prompt.id: [*start, *end] for prompt in different}
+    found: dict[str, list[int]] = {}
+    with tqdm(total=len(different), desc="answers", unit="prompt", disable=not progress) as bar:
+        for first in range(0, len(different), TOGETHER):
+            part = different[first : first + TOGETHER]
+            texts = Elicit().verbalize(backbone, part, kind=kind, max_new_tokens=MAX_NEW_TOKENS[kind])
+            for prompt, [text] in zip(part, texts, strict=True):
+                found[prompt.id] = [*start, *plain_ids(backbone, f"Answers: {text.text}\n"), *end]
+            bar.update(len(part))
+    return found
 
 
 def plain_ids(backbone: Backbone, text: str) -> list[int]:
@@ -173,13 +203,13 @@ def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[in
 
 
 def encode(
-    backbone: Backbone, items: Iterable[tuple[SoftPrompt, str]], *, between: Between, max_tokens: int
+    backbone: Backbone, items: Iterable[tuple[SoftPrompt, str]], *, before: Heads, max_tokens: int
 ) -> tuple[list[Example], int]:
     """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut."""
-    before, examples, cut = before_text(backbone, between), [], 0
+    examples, cut = [], 0
     for prompt, text in items:
         target, too_long = target_ids(backbone, text, max_tokens)
-        examples.append(Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before), target))
+        examples.append(Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before[prompt.id]), target))
         cut += too_long
     longest = max((len(e.ids) for e in examples), default=0)
     backbone.check_room(longest, "Lower max_tokens, or use prompts of fewer virtual tokens.")

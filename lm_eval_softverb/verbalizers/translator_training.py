@@ -23,10 +23,12 @@ from lm_eval_softverb.verbalizers.translator_adapter import SIDECAR, TranslatorA
 from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
 from lm_eval_softverb.verbalizers.translator_data import (
     Example,
+    Heads,
     Pair,
     data_sha256,
     encode,
     epoch_texts,
+    heads,
     held_out,
     pairs_of,
     target_losses,
@@ -39,9 +41,14 @@ class Translation:
     """The objective: mean cross-entropy per supervised token. Validation texts are the manifest's, in one order."""
 
     def __init__(
-        self, backbone: Backbone, training: Sequence[Pair], validation: Sequence[Pair], config: TranslatorConfig
+        self,
+        backbone: Backbone,
+        training: Sequence[Pair],
+        validation: Sequence[Pair],
+        config: TranslatorConfig,
+        before: Heads,
     ) -> None:
-        self.backbone, self.config, self.training = backbone, config, training
+        self.backbone, self.config, self.training, self.before = backbone, config, training, before
         self.held_out, cut = self._encode([(p, p.text) for p in validation])
         self.cut = cut + self._encode(epoch_texts(training, config, 0))[1]
 
@@ -62,7 +69,7 @@ class Translation:
 
     def _encode(self, items: Sequence[tuple[Pair, str]]) -> tuple[list[Example], int]:
         prompts = [(pair.prompt, text) for pair, text in items]
-        return encode(self.backbone, prompts, between=self.config.between, max_tokens=self.config.max_tokens)
+        return encode(self.backbone, prompts, before=self.before, max_tokens=self.config.max_tokens)
 
 
 def train_translator(
@@ -110,7 +117,9 @@ def train_translator(
     if found := finished_before(out, run, overwrite):
         return found
     training, validation = held_out(pairs, config.validation, config.seed, config.share)
-    objective = Translation(backbone, training, validation, config)
+    prompts = [pair.prompt for pair in (*training, *validation)]
+    before = heads(backbone, prompts, config.between, config.kind, progress=progress)
+    objective = Translation(backbone, training, validation, config, before)
     layers = LoraLayers(backbone, config, dropout=config.dropout, seed=config.seed)
     fit = Fit(backbone, layers, objective, config, out, run=run, max_tokens=max_tokens)
     best = fit.fit(checkpoint_seconds=checkpoint_seconds, progress=progress, on_step=on_step)

@@ -19,6 +19,7 @@ from lm_eval_softverb.verbalizers.base import create, settings_of
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
 
 HARD = "kind people and"
+PLAIN = Frame()
 SURE = {"temperature": 1e-4, "samples": 2, "min_share": 0.0}  # as good as greedy
 
 
@@ -27,7 +28,7 @@ def model(backbone):
     return backbone("llama")
 
 
-def hard_prompt(b: Backbone, frame: Frame = Frame()) -> SoftPrompt:
+def hard_prompt(b: Backbone, frame: Frame = PLAIN) -> SoftPrompt:
     return SoftPrompt(hard_rows(b, b.tokenizer.encode(HARD, add_special_tokens=False)), frame=frame)
 
 

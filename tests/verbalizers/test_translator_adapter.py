@@ -161,7 +161,7 @@ def test_f12_nan_truncation_and_swapped_tensors(folder):
     [
         ({"schema": 2}, "schema 2"),
         ({"kind": "poem"}, "kind 'poem'"),
-        ({"bos": "yes"}, "bos 'yes'"),
+        ({"bos": "yes"}, "'bos': 'yes'"),
         ({"info": []}, "info list"),
         ({"fingerprint": None}, "fingerprint is malformed"),
     ],

@@ -12,13 +12,19 @@ from toys import BOS, EOS
 from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.verbalizers import translator_data
+from lm_eval_softverb.verbalizers.base import Verbalization
+from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, config
-from lm_eval_softverb.verbalizers.translator_data import encode, epoch_texts, held_out, pairs_of, target_losses
+from lm_eval_softverb.verbalizers.translator_data import encode, epoch_texts, heads, held_out, pairs_of, target_losses
 
 
 @pytest.fixture
 def bank(backbone, tmp_path):
     return toy_bank(backbone("llama"), tmp_path / "bank")
+
+
+def encoded(b, items, between, most):
+    return encode(b, items, before=heads(b, [prompt for prompt, _ in items], between, "labels"), max_tokens=most)
 
 
 # --- what is supervised ----------------------------------------------------------------------------------------------
@@ -33,7 +39,7 @@ def test_the_last_supervised_label_of_every_target_is_eos(backbone, text, pad_is
         monkeypatch.setattr(b.tokenizer, "_special_tokens_map", {**b.tokenizer._special_tokens_map, "pad_token": "</s>"})
         assert b.tokenizer.pad_token_id == b.tokenizer.eos_token_id == EOS
     prompts = [toy_prompt(b, 1, n=2), toy_prompt(b, 2, n=5)]
-    examples, cut = encode(b, [(prompts[0], text), (prompts[1], "no")], between=Between(bos=True), max_tokens=12)
+    examples, cut = encoded(b, [(prompts[0], text), (prompts[1], "no")], Between(bos=True), 12)
     seen = []
     real = torch.nn.functional.cross_entropy
 
@@ -53,9 +59,9 @@ def test_the_last_supervised_label_of_every_target_is_eos(backbone, text, pad_is
 def test_the_model_reads_vectors_bos_text(backbone, monkeypatch):
     b = backbone("llama")
     prompt = toy_prompt(b, 3, n=2)
-    [with_bos], _ = encode(b, [(prompt, "no")], between=Between(bos=True), max_tokens=9)
-    [without], _ = encode(b, [(prompt, "no")], between=Between(bos=False), max_tokens=9)
-    [worded], _ = encode(b, [(prompt, "no")], between=Between(words="Labels:"), max_tokens=9)
+    [with_bos], _ = encoded(b, [(prompt, "no")], Between(bos=True), 9)
+    [without], _ = encoded(b, [(prompt, "no")], Between(bos=False), 9)
+    [worded], _ = encoded(b, [(prompt, "no")], Between(words="Labels:"), 9)
     words = b.tokenizer.encode("Labels:", add_special_tokens=False)
     assert worded.context == (*with_bos.context, *words) and worded.target == with_bos.target
     own = tuple(b.tokenizer.encode("no", add_special_tokens=False))
@@ -63,17 +69,35 @@ def test_the_model_reads_vectors_bos_text(backbone, monkeypatch):
     assert with_bos.target == without.target == (*own, EOS)
     monkeypatch.setattr(b.tokenizer, "_special_tokens_map", {**b.tokenizer._special_tokens_map, "bos_token": None})
     with pytest.raises(ConfigError, match="bos=false"):
-        encode(b, [(prompt, "no")], between=Between(bos=True), max_tokens=9)
+        encoded(b, [(prompt, "no")], Between(bos=True), 9)
     monkeypatch.setattr(b.tokenizer, "_special_tokens_map", {**b.tokenizer._special_tokens_map, "eos_token": None})
     with pytest.raises(ConfigError, match="no EOS"):
-        encode(b, [(prompt, "no")], between=Between(bos=False), max_tokens=9)
+        encoded(b, [(prompt, "no")], Between(bos=False), 9)
+
+
+def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, monkeypatch):
+    b, asked = backbone("llama"), []
+    prompts = [toy_prompt(b, i, n=2) for i in range(3)]
+
+    def verbalize(self, b, part, *, kind, max_new_tokens):
+        asked.append([p.id for p in part])
+        return [[Verbalization(f"answer {prompts.index(p)}")] for p in part]
+
+    monkeypatch.setattr(Elicit, "verbalize", verbalize)
+    monkeypatch.setattr(translator_data, "TOGETHER", 2)
+    items = [(p, "no") for p in (*prompts, prompts[0])]
+    examples, _ = encoded(b, items, Between(words="Labels:", answers=True), 9)
+    assert asked == [[prompts[0].id, prompts[1].id], [prompts[2].id]]  # once for each prompt
+    for i, example in enumerate(examples):
+        own = [b.tokenizer.encode(t, add_special_tokens=False) for t in (f"Answers: answer {i % 3}\n", "Labels:")]
+        assert example.context == (-1, -2, BOS, *own[0], *own[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 def test_a_loss_does_not_depend_on_the_rows_beside_it(backbone, name):
     b = backbone(name)
     items = [(toy_prompt(b, i, n=1 + 3 * i), text) for i, text in enumerate(["no", "a dull and slow story", "red, blue"])]
-    examples, _ = encode(b, items, between=Between(bos=True), max_tokens=50)
+    examples, _ = encoded(b, items, Between(bos=True), 50)
     together = target_losses(b, examples)
     alone = torch.cat([target_losses(b, [e]) for e in examples])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -87,7 +111,7 @@ def test_a_loss_does_not_depend_on_the_rows_beside_it(backbone, name):
 def test_a_text_that_does_not_fit_is_refused(backbone):
     with pytest.raises(ConfigError, match="Lower max_tokens"):
         long = toy_prompt(backbone("llama"), 1, n=95)
-        encode(backbone("llama"), [(long, "a dull story")], between=Between(bos=True), max_tokens=50)
+        encoded(backbone("llama"), [(long, "a dull story")], Between(bos=True), 50)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

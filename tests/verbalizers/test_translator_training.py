@@ -8,8 +8,10 @@ import pytest
 import torch
 from toy_translators import learnt, overfit, toy_bank
 
-from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, NonFiniteError
+from lm_eval_softverb.backbone import Backbone
+from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, ConfigError, NonFiniteError
 from lm_eval_softverb.verbalizers import translator_training
+from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
 from lm_eval_softverb.verbalizers.translator_config import Between, config
@@ -51,6 +53,31 @@ def test_instructions(backbone, tmp_path, bank):
     found = Translator(adapter=str(tmp_path / "t")).verbalize(b, prompts, kind="instructions", max_new_tokens=30)
     assert [v.text for [v] in found] == [e["instruction"] for e in entries]
     assert TranslatorAdapter.load(tmp_path / "t").between == Between(bos=False)
+
+
+def test_with_the_prompts_own_answers_in_front(tiny, tmp_path, monkeypatch):
+    """They are the frozen model's, and the same when learning and when reading."""
+    from peft.tuners.lora import LoraLayer
+
+    b = Backbone.load(tiny("llama", window=256), dtype="float32", device="cpu")
+    bank, seen, real = toy_bank(b, tmp_path / "bank"), [], Elicit.answers
+
+    def answers(self, b, prompts, kind):
+        assert not any(isinstance(m, LoraLayer) for m in b.model.modules())
+        seen.append(dict(zip([p.id for p in prompts], real(self, b, prompts, kind), strict=True)))
+        return [seen[-1][p.id] for p in prompts]
+
+    monkeypatch.setattr(Elicit, "answers", answers)
+    made = overfit(b, bank, tmp_path / "t", answers=True)
+    prompts, entries = learnt(made, bank)
+    translator = Translator(adapter=str(tmp_path / "t"))
+    found = translator.verbalize(b, prompts, kind="labels", max_new_tokens=20)
+    assert [v.text for [v] in found] == [", ".join(e["labels"]) for e in entries]
+    assert all(seen[0][p.id] == seen[1][p.id] for p in prompts)
+    with pytest.raises(ConfigError, match="a bridge leaves"):
+        monkeypatch.setattr(Translator, "files", {})
+        monkeypatch.setattr(Translator, "_read", lambda self, b, prompts: prompts)
+        Translator(adapter=str(tmp_path / "t"), bridge="x").verbalize(b, prompts, kind="labels", max_new_tokens=20)
 
 
 # --- epochs, memory, numbers -----------------------------------------------------------------------------------------
