@@ -4,15 +4,21 @@
 
 An experiment is a JSON file:
 
-    {"bank": "benchmarks/banks/tight", "kind": "labels", "baseline": "InSPEcT, selected",
+    {"bank": "benchmarks/banks/tight", "kind": "labels", "baseline": "InSPEcT, tuned",
+     "select": ["--most-train", "10", "--most-test", "10"],
      "translators": {"full": {"train": ["--epochs", "40"], "seeds": [0, 1, 2]}},
      "arms": {"translator": {"model": "translator", "translator": "full"},
-              "InSPEcT, selected": {"model": "inspect", "select": true}}}
+              "short": {"model": "translator", "translator": "full", "gen": "max_gen_toks=10"},
+              "InSPEcT, tuned": {"model": "inspect", "selected": true}}}
 
-Each seed of a translator is one ``softverb translate train``, each arm and seed one ``lm_eval`` run in a process of its own;
-what is there already is not done again, so a run that was stopped goes on. The table has the mean over test prompts with its
-95 % interval (scores of the seeds are averaged prompt by prompt first, and the range over seeds stands beside it), and the
-paired difference to the baseline with its p-value. All texts stay in OUT, with the harness's own results.
+``train`` are arguments of ``softverb translate train`` (``bank`` beside it: learn from another bank), ``select`` those of
+``softverb select``, ``args`` model arguments of the harness. Each seed of a translator is one training, each arm and seed one
+``lm_eval`` run in a process of its own; what is there already is not done again, so a run that was stopped goes on.
+
+The table has the mean over test prompts with its 95 % interval (scores of the seeds are averaged prompt by prompt first, and
+half the range over seeds stands beside it), the share of texts that ended by themselves, and a star where the paired
+difference to the baseline is significant (``table.json`` has it all). With ``"correlate": "accuracy"`` also Spearman's rank
+correlation of the prompts' held-out accuracy with the first metric. All texts stay in OUT, with the harness's own results.
 """
 
 from __future__ import annotations
@@ -27,7 +33,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from lm_eval_softverb import storage
+from lm_eval_softverb.bank import manifest_of
 from lm_eval_softverb.compare.runs import Run, read_run
 from lm_eval_softverb.compare.stats import holm, mean_interval, paired_interval, paired_p
 from lm_eval_softverb.errors import ArtifactError
@@ -45,21 +55,27 @@ def main() -> None:
     experiment = json.loads(a.experiment.read_text())
     out = a.out / a.experiment.stem
     out.mkdir(parents=True, exist_ok=True)
-    if any(arm.get("select") for arm in experiment["arms"].values()):
-        run("select", ["softverb", "select", "--kind", experiment["kind"], *bank(experiment, a), "--out", out / "selection"])
+    if any(arm.get("selected") for arm in experiment["arms"].values()):
+        run("select", ["softverb", "select", *source(experiment, a), *experiment.get("select", []), "--out", out / "selection"])
     for name, translator in experiment.get("translators", {}).items():
-        for seed in translator.get("seeds", [0]):
+        for seed in seeds_of(translator):
             path = adapter(out, name, seed)
-            own = ["--bank", translator["bank"]] if "bank" in translator else bank(experiment, a)
-            more = [*translator.get("train", []), "--seed", seed, "--kind", experiment["kind"], "--out", path]
+            own = source({**experiment, **translator}, a)
+            more = [*translator.get("train", []), "--seed", seed, "--out", path]
             if not (path / "translator.json").exists():
                 run(f"{name}, seed {seed}", ["softverb", "translate", "train", *own, *a.train, *more, "--quiet"])
     runs = {name: scored(name, arm, experiment, out, a) for name, arm in experiment["arms"].items()}
     table(runs, experiment, out)
+    if field := experiment.get("correlate"):
+        correlations(runs, experiment, field, out)
 
 
-def bank(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
-    return ["--bank", experiment["bank"], *(["--dod", a.dod] if a.dod else [])]
+def source(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
+    return ["--bank", experiment["bank"], "--kind", experiment["kind"], *(["--dod", a.dod] if a.dod else [])]
+
+
+def seeds_of(translator: Mapping[str, Any]) -> list[int]:
+    return list(translator.get("seeds", [0]))
 
 
 def adapter(out: Path, name: str, seed: int) -> Path:
@@ -68,7 +84,7 @@ def adapter(out: Path, name: str, seed: int) -> Path:
 
 def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out: Path, a: argparse.Namespace) -> list[Run]:
     """One run per seed of the arm's translator, or one."""
-    seeds = experiment["translators"][arm["translator"]].get("seeds", [0]) if "translator" in arm else [0]
+    seeds = seeds_of(experiment["translators"][arm["translator"]]) if "translator" in arm else [0]
     found = []
     for seed in seeds:
         folder = out / "runs" / f"{name}-{seed}"
@@ -80,11 +96,12 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
         given = {"bank": experiment["bank"], "dtype": a.dtype, **arm.get("args", {})}
         if "translator" in arm:
             given["adapter"] = adapter(out, arm["translator"], seed)
-        if arm.get("select"):
+        if arm.get("selected"):
             given["selection"] = out / "selection" / "selection.json"
         command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
         command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
         command += ["--metadata", json.dumps({"dod": a.dod})] if a.dod else []
+        command += ["--gen_kwargs", arm["gen"]] if "gen" in arm else []
         run(name, [*command, "--output_path", folder, "--log_samples"])
         found.append(read_run(folder, name))
     return found
@@ -99,6 +116,9 @@ def run(what: str, command: Sequence[Any]) -> None:
         raise SystemExit(f"{what}: {program} {' '.join(rest)} ended with {done.returncode}.")
 
 
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
 def table(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out: Path) -> None:
     """``table.md`` and ``table.json``."""
     kind, baseline = experiment["kind"], experiment.get("baseline")
@@ -110,24 +130,26 @@ def table(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out:
             values = scores[metric]
             interval = mean_interval(list(values.values()))
             seeds = [statistics.mean(r.tasks[f"verbalize_{kind}"].scores[metric].values()) for r in runs[name]]
-            cell: dict[str, Any] = {"mean": interval.mean, "low": interval.low, "high": interval.high, "seeds": seeds}
+            cell: dict[str, Any] = {"mean": interval.value, "low": interval.low, "high": interval.high, "seeds": seeds}
             if baseline and name != baseline:
                 theirs = means[baseline][metric]
                 pair = [values[k] for k in theirs], list(theirs.values())
                 difference = paired_interval(*pair)
                 p, test = paired_p(*pair)
-                cell |= {"difference": [difference.mean, difference.low, difference.high], "p": p, "test": test}
+                cell |= {"difference": [difference.value, difference.low, difference.high], "p": p, "test": test}
             rows[name][metric] = cell
+        results = [storage.read_json(Path(r.source))["results"][f"verbalize_{kind}"] for r in runs[name]]
+        rows[name][CORPUS] = statistics.mean(r[f"{CORPUS},none"] for r in results)
+        rows[name]["stopped"] = stopped(runs[name])
     for metric in METRICS[kind]:
         cells = [row[metric] for row in rows.values() if "p" in row[metric]]
         for cell, p in zip(cells, holm([c["p"] for c in cells]), strict=True):
             cell["p_holm"] = p
     storage.write_json(out / "table.json", rows)
-    head = [*METRICS[kind], CORPUS]
-    lines = ["| arm | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    lines = ["| arm | " + " | ".join([*METRICS[kind], CORPUS, "stopped"]) + " |", "|---" * (len(METRICS[kind]) + 3) + "|"]
     for name, row in rows.items():
-        corpus = [storage.read_json(Path(r.source))["results"][f"verbalize_{kind}"][f"{CORPUS},none"] for r in runs[name]]
-        cells = [*(shown(row[metric]) for metric in METRICS[kind]), f"{statistics.mean(corpus):.3f}"]
+        ended = "" if row["stopped"] is None else f"{row['stopped']:.0%}"
+        cells = [*(shown(row[metric]) for metric in METRICS[kind]), f"{row[CORPUS]:.3f}", ended]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     n = len(next(iter(next(iter(means.values())).values())))
     text = "\n".join(lines)
@@ -146,11 +168,47 @@ def per_prompt(runs: Sequence[Run], kind: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def stopped(runs: Sequence[Run]) -> float | None:
+    """Share of texts that EOS ended; None where the method does not say."""
+    cut = [a["cut"] for r in runs for a in r.config["verbalizer"]["answers"].values() if "cut" in a]
+    return 1 - statistics.mean(cut) if cut else None
+
+
 def shown(cell: Mapping[str, Any]) -> str:
     text = f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
     if len(cell["seeds"]) > 1:
         text += f" ± {(max(cell['seeds']) - min(cell['seeds'])) / 2:.3f}"
     return text + (" *" if cell.get("p_holm", 1) < 0.05 else "")
+
+
+def correlations(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], field: str, out: Path) -> None:
+    """Spearman's rho of each arm, with a bootstrap interval over prompts: do better prompts read better?"""
+    kind = experiment["kind"]
+    quality = {e["prompt_id"]: e["heldout"][field] for _, e in storage.read_jsonl(manifest_of(Path(experiment["bank"])))}
+    rows, metric = {}, METRICS[kind][0]
+    for name, found in runs.items():
+        values = per_prompt(found, kind)[metric]
+        names = prompt_names(found[0], kind)
+        pairs = np.array([[quality[names[key]], value] for key, value in values.items()])
+        rng = np.random.default_rng(0)
+        draws = [rho(pairs[rng.integers(len(pairs), size=len(pairs))]) for _ in range(2000)]
+        low, high = np.nanpercentile(draws, [2.5, 97.5])
+        rows[name] = {"rho": rho(pairs), "low": float(low), "high": float(high), "n": len(pairs)}
+        print(f"{name}: rank correlation of {field} and {metric} {rows[name]['rho']:.2f} [{low:.2f}, {high:.2f}]")
+    storage.write_json(out / "correlations.json", rows)
+
+
+def rho(pairs: np.ndarray) -> float:
+    """nan where one side does not vary."""
+    if np.ptp(pairs, axis=0).min() == 0:
+        return float("nan")
+    return float(stats.spearmanr(pairs[:, 0], pairs[:, 1]).statistic)
+
+
+def prompt_names(found: Run, kind: str) -> dict[str, str]:
+    """Document → its prompt."""
+    [file] = sorted(Path(found.source).parent.glob(f"samples_verbalize_{kind}_*.jsonl"))[-1:]
+    return {f"{s['doc_hash']}/{s['doc_id']}": s["doc"]["prompt_id"] for _, s in storage.read_jsonl(file)}
 
 
 def arguments() -> argparse.Namespace:
