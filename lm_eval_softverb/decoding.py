@@ -157,13 +157,19 @@ def generate(
     if not backbone.gaps_are_harmless and len({len(c) for c in contexts}) > 1:
         prefix = None
     skip = prefix.length if prefix else 0
-    suffixes = [list(c[skip:]) for c in contexts]
+    places: dict[tuple[int, ...], int] = {}  # contexts that several rows share are read once
+    shared = [places.setdefault(tuple(c), len(places)) for c in contexts]
+    suffixes = [list(c[skip:]) for c in places]
     ids = backbone.tensor(suffixes, left=True)
-    batch = len(contexts)
+    batch = len(suffixes)
     real = backbone.tensor([[1] * len(s) for s in suffixes], left=True)
     mask = torch.cat([real.new_ones(batch, skip), real], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
     cache, logits = _prefill(backbone, rows, prefix, ids, mask, positions, prefill_rows or batch, max_new_tokens)
+    if batch < len(contexts):
+        select = torch.tensor(shared, device=logits.device)
+        cache.batch_select_indices(select)
+        logits, mask, positions = logits[select], mask[select], positions[select]
     answers: list[list[int]]
     answers, _ = decode(
         backbone,

@@ -41,3 +41,21 @@ def test_rows_that_end_at_different_steps(backbone, name, sampling, monkeypatch)
     for keep in (1.0, 0.75, 0.0):
         monkeypatch.setattr(decoding, "KEEP", keep)
         assert texts(*range(len(contexts))) == alone
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_contexts_that_rows_share_are_read_once(backbone, name, monkeypatch):
+    """Many samples of one context: each is what it is alone."""
+    model, read = backbone(name), []
+    contexts = [model.tokenizer.encode(t) for t in ("Good.", "The film is")]
+    real = decoding._prefill
+    monkeypatch.setattr(decoding, "_prefill", lambda *a: (read.append(len(a[3])), real(*a))[1])
+    settings = {"max_new_tokens": 6, "finished": lambda _ids: False, "sampling": Sampling(do_sample=True)}
+
+    def texts(rows):
+        return generate(model, torch.zeros(0, 32), [contexts[c] for c, _ in rows], seeds=[s for _, s in rows], **settings)
+
+    rows = [(0, 1), (1, 1), (0, 2), (0, 3), (1, 2)]
+    together = texts(rows)
+    assert read == [2]
+    assert together == [texts([row])[0] for row in rows] and len({tuple(t) for t in together}) == len(rows)
