@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hashlib
+import json
 import random
 from dataclasses import replace
 
@@ -156,6 +157,43 @@ def evaluate():
 
     yield run
     patch.undo()
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """``command(name, *arguments)`` → results and samples by task that ``lm_eval`` writes to ``tmp_path / name``.
+
+    The real command, in this process; only the indexing of the harness's own tasks, and pip, are left out.
+    """
+    from lm_eval._cli.harness import HarnessCLI
+    from lm_eval.tasks.manager import TaskManager
+
+    from lm_eval_softverb.plugin import register
+
+    register()
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _results: None)
+    index = TaskManager.__init__
+
+    def without_defaults(self, *args, **kwargs):
+        index(self, *args, **kwargs | {"include_defaults": False})
+
+    monkeypatch.setattr(TaskManager, "__init__", without_defaults)
+
+    def run(name: str, *arguments: str):
+        out = tmp_path / name
+        monkeypatch.setattr("sys.argv", ["lm_eval", "run", *arguments, "--output_path", str(out), "--log_samples"])
+        harness = HarnessCLI()
+        harness.execute(harness.parse_args())
+        [file] = out.rglob("results_*.json")
+        results = json.loads(file.read_text())
+        samples = {}
+        for task in results["configs"]:
+            [lines] = out.rglob(f"samples_{task}_2*.jsonl")
+            rows = [json.loads(line) for line in lines.read_text().splitlines()]
+            samples[task] = sorted(rows, key=lambda s: s["doc_id"])
+        return results, samples
+
+    return run
 
 
 # --- sentence similarity without weights ------------------------------------------------------------------------------
