@@ -145,3 +145,22 @@ def write_bank(folder, dod, /, **changes):
         for name in dod.names()
     ]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def labels_bank(folder: Path, names, split: str = "test"):
+    """A bank of random prompts of the tiny models for shipped label sets, and their DoD."""
+    import torch
+
+    from lm_eval_softverb.bank import Bank
+    from lm_eval_softverb.data.dod.classification import ClassificationDod
+    from lm_eval_softverb.data.rows import data_sha256
+    from lm_eval_softverb.prompt import SoftPrompt
+
+    dod = ClassificationDod.from_labelsets()
+    items = []
+    for number, name in enumerate(names):
+        task = dod.task(name)
+        entry = {"prompt_id": f"p-{name}", "task": name, "split": split, "dod": dod.reference(), "labels": list(task.labels)}
+        rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(number))
+        items.append((SoftPrompt(rows), {**entry, "heldout_sha256": data_sha256(task.heldout)}))
+    return Bank.save(folder, items), dod

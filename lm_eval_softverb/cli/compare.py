@@ -59,12 +59,9 @@ def compare(a: argparse.Namespace) -> int:
         runs.insert(0, read_run(baseline, "baseline"))
         baseline = "baseline"
     found = comparison.compare(runs, baseline, a.metric)
-    text = pages.to_markdown(found)
-    print(text)
+    print(pages.to_markdown(found))
     if a.out:
-        storage.write_text(a.out / "compare.md", text)
-        storage.write_text(a.out / "compare.csv", pages.to_csv(found))
-        storage.write_text(a.out / "compare.html", pages.to_html(found, runs))
+        pages.save(a.out, found, pages.to_html(found, runs))
         print(f"Page: {a.out / 'compare.html'}")
     problems = _below(found, a.fail_under) + (_worse(found) if a.fail_worse else [])
     for problem in problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lm_eval_softverb import __version__
-from lm_eval_softverb.cli import compare, dod_general, dod_generate, read, start, train, translate
+from lm_eval_softverb.cli import arms, compare, dod_general, dod_generate, read, start, train, translate
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,7 +14,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=__version__)
     group = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (start, train, read, translate, compare):
+    for module in (start, train, read, translate, compare, arms):
         module.add_arguments(group)
     about = "Datasets of datasets: list and audit their tasks, generate label sets, paraphrase instructions."
     dod = group.add_parser("dod", help=about, description=about).add_subparsers(required=True, metavar="COMMAND")

@@ -7,13 +7,17 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
+from lm_eval_softverb import storage
 from lm_eval_softverb.compare import report
 from lm_eval_softverb.compare.comparison import MACRO, Cell, Comparison
 from lm_eval_softverb.compare.runs import Run
 
 SAMPLES = 30
 """Documents per task that the page shows; the rest is in the runs' own files."""
+WIDE = 8
+"""Up to so many tasks stand side by side in Markdown; more of them, as in a DoD, stand below each other."""
 
 _COLUMNS = ("run", "task", "metric", "score", "low", "high", "n", "unscored", "difference", "difference_low", "difference_high",
             "p", "p_holm", "test", "wins", "ties", "losses")  # fmt: skip
@@ -61,15 +65,25 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """One table per metric: runs down, tasks across; scores in percent, with the paired difference to the baseline."""
+    """One table per metric: runs down, tasks across; scores in percent, with the paired difference to the baseline.
+
+    Many tasks stand in a second table, tasks down and runs across.
+    """
     parts = []
     for metric in comparison.metrics:
-        tasks = [t for t in (MACRO, *comparison.tasks) if any(comparison.cell(r, t, metric) for r in comparison.runs)]
-        rows = ["| run | " + " | ".join(map(_plain, tasks)) + " |", "|" + "---|" * (len(tasks) + 1)]
+        tasks = [t for t in comparison.tasks if any(comparison.cell(r, t, metric) for r in comparison.runs)]
+        whole = [MACRO] if any(comparison.cell(r, MACRO, metric) for r in comparison.runs) else []
+        head = [*whole, *tasks] if len(tasks) <= WIDE else whole
+        rows = []
         for run in comparison.runs:
-            cells = [comparison.cell(run, task, metric) for task in tasks]
-            rows.append(f"| {_plain(run)} | " + " | ".join(_short(c) if c else "" for c in cells) + " |")
-        parts.append(f"### {_plain(metric)}\n\n" + "\n".join(rows))
+            cells = [comparison.cell(run, task, metric) for task in head]
+            more = [_tally(comparison.cell(run, MACRO, metric))] if whole else []
+            rows.append([run, *(_short(c) if c else "" for c in cells), *more])
+        columns = ["run", *head, *(["tasks won–tied–lost"] if whole else [])]
+        parts.append(f"### {_plain(metric)}\n\n" + _markdown_table(columns, rows))
+        if len(tasks) > WIDE:
+            body = [[task, *(_bare(comparison.cell(run, task, metric)) for run in comparison.runs)] for task in tasks]
+            parts.append(_markdown_table(["task", *comparison.runs], body))
     note = (
         f"Percent, with the paired difference to {_plain(comparison.baseline)} in brackets and its 95 % interval; "
         "* Holm-adjusted p < .05 over the tasks of a run (for the macro average: its own test)."
@@ -77,24 +91,48 @@ def to_markdown(comparison: Comparison) -> str:
     return "\n\n".join([*parts, note, *map(_plain, comparison.notes)]) + "\n"
 
 
-def to_html(comparison: Comparison, runs: Sequence[Run], title: str = "softverb compare") -> str:
-    """The page: plots, sortable tables, costs, and each task's documents behind a click."""
-    runs, blocks = [r for r in runs if r.name in comparison.runs], []
+def to_html(
+    comparison: Comparison,
+    runs: Sequence[Run],
+    title: str = "softverb compare",
+    *,
+    intro: str = "",
+    blocks: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
+) -> str:
+    """The page: plots, sortable tables, costs, and each task's documents behind a click.
+
+    Args:
+        intro: sentences in front of ours; plain text.
+        blocks: HTML of ours between the tables and the documents.
+        sections: heading → plain text at the end.
+    """
+    runs = [r for r in runs if r.name in comparison.runs]
+    shown: list[str] = []
     for metric in comparison.metrics:
         cells = [c for c in comparison.cells if c.metric == metric]
-        shown = [c for c in cells if c.task == MACRO] or cells
-        lines = [report.Line(c.run, c.task, metric, **asdict(c.score)) for c in shown]
-        blocks += [report.heading(metric), report.plot_svg(lines), _table(cells)]
+        whole, tasks = [c for c in cells if c.task == MACRO], [c for c in cells if c.task != MACRO]
+        lines = [report.Line(c.run, c.task, metric, **asdict(c.score)) for c in whole or cells]
+        shown += [report.heading(metric), report.plot_svg(lines), _table(whole or tasks)]
+        if whole:
+            shown.append(behind(f"{metric}, every task", _table(tasks)))
+    shown += blocks
     if costs := _costs(comparison):
-        blocks += [report.heading("Cost"), costs]
-    blocks += [report.heading("Documents"), *(_documents(task, comparison, runs) for task in comparison.tasks), _SORT]
-    intro = (
+        shown += [report.heading("Cost"), costs]
+    shown += [report.heading("Documents"), *(_documents(task, comparison, runs) for task in comparison.tasks), _SORT]
+    ours = (
         f"{len(comparison.runs)} runs on the same documents of {len(comparison.tasks)} tasks. Differences are to "
         f"'{comparison.baseline}', paired by document; intervals are 95 %, over documents, and for the macro average over "
         "tasks and the documents within them; p-values are adjusted by Holm over the tasks of a run. Click a heading to sort."
     )
-    intro = " ".join([intro, *comparison.notes])
-    return report.page(title, intro, blocks, {})
+    return report.page(title, " ".join(filter(None, [intro, ours, *comparison.notes])), shown, sections or {})
+
+
+def save(folder: Path, comparison: Comparison, page: str) -> None:
+    """Writes ``compare.md``, ``compare.csv`` and ``compare.html``."""
+    storage.write_text(folder / "compare.md", to_markdown(comparison))
+    storage.write_text(folder / "compare.csv", to_csv(comparison))
+    storage.write_text(folder / "compare.html", page)
 
 
 def _numbers(*values: float) -> list[str]:
@@ -104,6 +142,23 @@ def _numbers(*values: float) -> list[str]:
 def _plain(text: str) -> str:
     """Text that cannot end a Markdown cell or start an element."""
     return html.escape(text.replace("\n", " ")).replace("|", "\\|")
+
+
+def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rows = [[_plain(text) for text in row] for row in (head, *body)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _tally(cell: Cell | None) -> str:
+    return f"{d.wins}–{d.ties}–{d.losses}" if cell and (d := cell.difference) else ""
+
+
+def _bare(cell: Cell | None) -> str:
+    """Score and star."""
+    if cell is None:
+        return ""
+    return f"{100 * cell.score.value:.1f}" + ("*" if cell.difference and cell.difference.adjusted < 0.05 else "")
 
 
 def _short(cell: Cell) -> str:
@@ -122,7 +177,7 @@ def _table(cells: Sequence[Cell]) -> str:
         row = [c.run, c.task, f"{100 * c.score.value:.1f}", _range(c.score.low, c.score.high), str(c.score.n), str(c.unscored)]
         if d := c.difference:
             row += [f"{100 * d.interval.value:+.1f}", _range(d.interval.low, d.interval.high), f"{d.adjusted:.3g}", d.test]
-            row += [f"{d.wins}–{d.ties}–{d.losses}"]
+            row += [_tally(c)]
         else:
             row += ["", "", "", "", ""]
         body.append(row)
@@ -154,6 +209,10 @@ def _documents(task: str, comparison: Comparison, runs: Sequence[Run]) -> str:
             row.append(f"{mine.texts.get(key, {}).get('answer', '')} [{'unscored' if score is None else f'{score:.3g}'}]")
         body.append(row)
     more = f", the first {SAMPLES} of {len(keys)}" if len(keys) > SAMPLES else ""
-    summary = html.escape(f"{task} ({metric or 'no common metric'}{more})")
     table = report.table(("input", "target", *(r.name for r in runs)), body, numbers=0)
-    return f"<details><summary>{summary}</summary>{table}</details>"
+    return behind(f"{task} ({metric or 'no common metric'}{more})", table)
+
+
+def behind(summary: str, block: str) -> str:
+    """A block of HTML that a click on its summary shows."""
+    return f"<details><summary>{html.escape(summary)}</summary>{block}</details>"

@@ -30,28 +30,6 @@ class Line:
     n: int
 
 
-def sample_scores(results: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
-    """Per-document scores of one harness run, by (task, metric) and document hash.
-
-    Raises:
-        DataError: the run has no samples, or a document twice.
-    """
-    out: dict[tuple[str, str], dict[str, float]] = {}
-    for task, samples in (results.get("samples") or {}).items():
-        for sample in samples:
-            for metric in sample["metrics"]:
-                if not isinstance(sample[metric], (int, float)):
-                    continue  # corpus metrics keep texts until all documents are done
-                scores = out.setdefault((task, metric), {})
-                key = f"{sample['doc_hash']}/{sample['doc_id']}/{sample['filter']}"
-                if key in scores:
-                    raise DataError(f"Task {task} scored document {sample['doc_id']} twice; paired statistics need it once.")
-                scores[key] = float(sample[metric])
-    if not out:
-        raise DataError("The run holds no samples; evaluate with log_samples to compare documents.")
-    return out
-
-
 def score_lines(arm: str, scores: Mapping[tuple[str, str], Scores]) -> list[Line]:
     """One line per task and metric of an arm, with its interval."""
     return [

@@ -7,7 +7,7 @@ import csv
 import json
 
 import pytest
-from toy_dods import SMALL, task, tasks, write_clone
+from toy_dods import SMALL, labels_bank, task, tasks, write_clone
 
 from lm_eval_softverb.cli.dod_general import add_arguments
 from lm_eval_softverb.data.dod.general import PAPER, GeneralDod
@@ -53,23 +53,15 @@ def test_the_command_prints_the_table_and_writes_the_report(tmp_path, capsys, mo
 
 
 def test_texts_of_every_kind(tmp_path, monkeypatch, capsys):
-    import torch
-
-    from lm_eval_softverb.bank import Bank
-    from lm_eval_softverb.data.dod.classification import ClassificationDod
     from lm_eval_softverb.models.hardprompts import HardPrompts
     from lm_eval_softverb.models.replay import ReplayLM
-    from lm_eval_softverb.prompt import SoftPrompt
 
-    dod = ClassificationDod.from_labelsets()
-    names = dod.names()[:4]
-    entries = [{"prompt_id": f"p-{n}", "task": n, "split": "test", "dod": dod.reference()} for n in names]
-    entries = [{**e, "labels": list(dod.task(e["task"]).labels)} for e in entries]
-    Bank.save(tmp_path / "bank", [(SoftPrompt(torch.ones(2, 32)), e) for e in entries])
+    names = ["emotion", "weather", "sport", "room"]
+    bank, dod = labels_bank(tmp_path / "bank", names)
 
     def texts(*more):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        assert run("texts", "--bank", str(tmp_path / "bank"), "--out", str(out), *more) == 0
+        assert run("texts", "--bank", str(bank), "--out", str(out), *more) == 0
         return out, HardPrompts.read(str(out)).texts
 
     gold = texts()[1]

@@ -51,9 +51,33 @@ def test_csv_holds_every_cell(runs):
 def test_markdown(runs):
     text = pages.to_markdown(compare(runs))
     lines = text.splitlines()
-    assert lines[0] == "### acc" and lines[2] == f"| run | {MACRO} | t1 | t2 |"
+    assert lines[0] == "### acc" and lines[2] == f"| run | {MACRO} | t1 | t2 | tasks won–tied–lost |"
     assert len([x for x in lines if x.startswith("| ")]) == 3
-    assert "<script" not in text and all(x.replace("\\|", "").count("|") == 5 for x in lines if x.startswith("| "))
+    assert "<script" not in text and all(x.replace("\\|", "").count("|") == 6 for x in lines if x.startswith("| "))
+
+
+def test_many_tasks_stand_below_each_other(tmp_path):
+    tasks = [f"dod_x/{i}" for i in range(12)]
+    runs = [run_of("none", 0, tasks), run_of("ours", 1, tasks)]
+    found = compare(runs)
+    lines = pages.to_markdown(found).splitlines()
+    assert lines[2] == f"| run | {MACRO} | tasks won–tied–lost |" and lines[7] == "| task | none | ours |"
+    whole = found.cell("ours", MACRO, "acc")
+    d = whole.difference
+    assert lines[5].startswith(f"| ours | {100 * whole.score.value:.1f} (") and lines[5].endswith(
+        f"| {d.wins}–{d.ties}–{d.losses} |"
+    )
+    body = [x.strip("|").split(" | ") for x in lines[9:21]]
+    for task, (name, *scores) in zip(tasks, body, strict=True):
+        cells = [found.cell(run, task, "acc") for run in ("none", "ours")]
+        assert name.strip() == task
+        assert [float(s.strip(" *|")) for s in scores] == [round(100 * c.score.value, 1) for c in cells]
+    page = pages.to_html(found, runs, "T", intro=f"First {EVIL}.", blocks=["<p>mine</p>"], sections={"By hand": EVIL})
+    headline = page[page.index("<table class=sortable>") :]
+    assert headline[: headline.index("</table>")].count("<tr>") == 3  # the runs, and the head
+    assert "<p>mine</p>" in page and "<h2>By hand</h2>" in page and "<script>alert" not in page
+    pages.save(tmp_path, found, page)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.csv", "compare.html", "compare.md"]
 
 
 def test_html_is_self_contained_and_escaped(runs):
@@ -62,7 +86,7 @@ def test_html_is_self_contained_and_escaped(runs):
     assert "src=" not in page and "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")
-    assert page.count("<details>") == 2 and "the first 30 of 40" in page
+    assert page.count("<details>") == 3 and "the first 30 of 40" in page
     assert "0.25" in page
 
 

@@ -26,10 +26,12 @@ def test_quickstart_writes_everything_and_resumes(tiny, tmp_path, monkeypatch):
     assert {r["task"] for r in rows} == {"softverb_labels_weather", "softverb_labels_weather_mc"}
     assert {r["n"] for r in rows} == {"50"}
     assert SoftPrompt.load(tmp_path / "prompt").n == 4
-    assert "<svg" in (tmp_path / "report.html").read_text()
-    for arm in module.ARMS:
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page and "InSPEcT of random vectors" not in page and "self-verbalization" in page
+    assert "<details><summary>softverb_labels_weather_mc (acc" in page and "lm_eval --model softprompt" in page
+    for arm in module.arms_of("weather", tmp_path / "prompt", "x"):
         written = sorted(p.name.split("_20")[0] for p in (tmp_path / "lm_eval" / arm.name).rglob("*.json*"))
-        assert written == ["results", "samples_softverb_labels_weather", "samples_softverb_labels_weather_mc"]
+        assert written == ["arm.json", "results", "samples_softverb_labels_weather", "samples_softverb_labels_weather_mc"]
 
     def computed(*_a, **_k):
         raise AssertionError("an answered request was computed again")

@@ -12,17 +12,11 @@ from lm_eval_softverb.compare.report import Line
 from lm_eval_softverb.errors import DataError
 
 
-def run(values: dict[str, float], task: str = "t") -> dict:
-    samples = [
-        {"doc_hash": doc, "doc_id": i, "filter": "none", "metrics": ["acc"], "acc": v}
-        for i, (doc, v) in enumerate(values.items())
-    ]
-    return {"samples": {task: samples}}
-
-
 def test_scores_and_paired_differences():
-    ours = report.sample_scores(run({"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}))
-    other = report.sample_scores(run({"a": 0.0, "b": 1.0, "c": 0.0, "d": 0.0}))
+    ours, other = (
+        {("t", "acc"): {"a": 1.0, "b": 1.0, "c": 0.0, "d": 1.0}},
+        {("t", "acc"): dict(zip("abcd", (0, 1, 0, 0), strict=True))},
+    )
     (line,) = report.score_lines("x", ours)
     assert (line.arm, line.task, line.metric, line.value, line.n) == ("x", "t", "acc", 0.75, 4)
     (difference,) = report.difference_lines("x", ours, "y", other)
@@ -30,11 +24,9 @@ def test_scores_and_paired_differences():
 
 
 def test_different_documents_are_refused():
-    ours, other = report.sample_scores(run({"a": 1.0, "b": 0.0})), report.sample_scores(run({"a": 1.0, "z": 0.0}))
+    ours, other = {("t", "acc"): {"a": 1.0, "b": 0.0}}, {("t", "acc"): {"a": 1.0, "z": 0.0}}
     with pytest.raises(DataError, match="different documents"):
         report.difference_lines("x", ours, "y", other)
-    with pytest.raises(DataError, match="log_samples"):
-        report.sample_scores({"results": {}})
 
 
 def test_csv_has_the_documented_columns():

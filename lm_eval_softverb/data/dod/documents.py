@@ -44,7 +44,14 @@ class _Wanted:
 
 
 def load(
-    kind: Kind, open_: Open, bank: object = None, dod: object = None, split: object = None, rows: object = None, **_: Any
+    kind: Kind,
+    open_: Open,
+    bank: object = None,
+    dod: object = None,
+    split: object = None,
+    rows: object = None,
+    tasks_most: object = None,
+    **_: Any,
 ) -> dict[str, Dataset]:
     """Held-out rows, the same for every arm; the first row of every task comes first, then the second of every task.
 
@@ -56,6 +63,7 @@ def load(
             is on this machine.
         split: ``train`` or ``test``; by default ``test`` where there is such a prompt (or task), else all.
         rows: at most this many rows per prompt (100).
+        tasks_most: at most this many prompts, evenly from all of them.
 
     Returns:
         ``test``, with ``prompt_id`` (the task's name where there is no bank), ``task``, ``input``, ``target``,
@@ -72,7 +80,7 @@ def load(
             f"The task dod_{kind} got neither a bank nor a DoD. Pass --model_args bank=DIR or, where the model takes none, "
             '--metadata \'{"bank": "DIR"}\' (the same documents as for the bank) or \'{"dod": "general:PATH"}\'.'
         )
-    most = _number(rows)
+    most = _number("rows", "held-out rows per task", rows) or ROWS
     opened: dict[str, Dod] = {}
 
     def dod_of(source: str, settings: Mapping[str, Any]) -> Dod:
@@ -91,7 +99,7 @@ def load(
         own = {name: each for each in ("train", "test") for name in whole.names(each)}
         prompts = [_Wanted(f"{origin}, {name}", name, name, own[name], origin, {}) for name in whole.names()]
     groups = []
-    for prompt in _choose(prompts, split, origin):
+    for prompt in _choose(prompts, split, origin, tasks_most):
         task = _task(prompt, dod_of(prompt.source, prompt.settings))
         groups.append(list(_documents(prompt, task, most)))
     # In turns, so that --limit takes as much of every task.
@@ -104,12 +112,22 @@ def load(
     return {"test": Dataset.from_list(documents, features=features)}
 
 
-def _number(rows: object) -> int:
-    if rows is None:
-        return ROWS
-    if isinstance(rows, bool) or not str(rows).isdecimal() or not int(str(rows)):
-        raise ConfigError(f"rows is {rows!r}, expected how many held-out rows per task to score, at least 1.")
-    return int(str(rows))
+def prompts_of(kind: Kind, bank: Path, split: object = None, tasks_most: object = None, dod: str | None = None) -> list[str]:
+    """Names of the prompts whose rows :func:`load` gives for the same arguments; no row is read.
+
+    Raises:
+        SoftverbError: as :func:`load`.
+    """
+    prompts, origin = _from_bank(bank.expanduser(), kind, dod)
+    return [prompt.prompt_id for prompt in _choose(prompts, split, origin, tasks_most)]
+
+
+def _number(name: str, what: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal() or not int(str(value)):
+        raise ConfigError(f"{name} is {value!r}, expected how many {what} to score, at least 1.")
+    return int(str(value))
 
 
 def _from_bank(folder: Path, kind: Kind, override: str | None) -> tuple[list[_Wanted], str]:
@@ -154,14 +172,17 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _choose(prompts: list[_Wanted], split: object, origin: str) -> list[_Wanted]:
+def _choose(prompts: list[_Wanted], split: object, origin: str, tasks_most: object = None) -> list[_Wanted]:
     splits = Counter(prompt.split for prompt in prompts)
     wanted = str(split) if split is not None else "test" if "test" in splits else None
     chosen = [prompt for prompt in prompts if wanted in (None, prompt.split)]
     if not chosen:
         held = ", ".join(f"{n} in {own or 'no split'}" for own, n in splits.items()) or "none"
         raise DataError(f"{origin} has no prompts in split {wanted}; it holds {held}. Pass split=… to choose.")
-    return chosen
+    most = _number("tasks_most", "prompts", tasks_most)
+    if most is None or most >= len(chosen):
+        return chosen
+    return [chosen[i * len(chosen) // most] for i in range(most)]
 
 
 def _task(prompt: _Wanted, dod: Dod) -> DodTask:
