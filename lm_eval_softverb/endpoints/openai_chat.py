@@ -254,7 +254,10 @@ def _reply(answer: Any) -> Reply:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait according to ``retry-after-ms`` or ``Retry-After`` (seconds or a date); None: the server does not say."""
+    """Seconds to wait according to ``retry-after-ms`` or ``Retry-After`` (seconds or a date); None: the server does not say.
+
+    A date is read by the server's own clock, where the answer has one.
+    """
     try:
         return max(0.0, float(headers["retry-after-ms"]) / 1000)
     except (KeyError, ValueError):
@@ -264,7 +267,12 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, float(value))
     except ValueError:
         pass
+    until, now = _seconds(value), _seconds(headers.get("date", ""))
+    return None if until is None else max(0.0, until - (time.time() if now is None else now))
+
+
+def _seconds(date: str) -> float | None:
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        return email.utils.parsedate_to_datetime(date).timestamp()
     except (TypeError, ValueError):
         return None

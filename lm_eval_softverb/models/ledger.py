@@ -8,6 +8,7 @@ A file that is damaged is set aside and counted, never half-read.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sqlite3
@@ -40,7 +41,8 @@ class Ledger:
         except sqlite3.OperationalError as error:
             raise OutputError(f"Could not open the cache {path}: {error}. Choose another --use_cache path.") from error
         except sqlite3.DatabaseError:
-            self.quarantined = f"{path.name}.corrupt-{time.time_ns()}"
+            names = (f"{path.name}.corrupt-{n}" for n in itertools.count(time.time_ns()))
+            self.quarantined = next(name for name in names if not path.with_name(name).exists())
             path.rename(path.with_name(self.quarantined))
             log.warning("%s is damaged or no SQLite file; it is kept as %s and a new one begun.", path, self.quarantined)
             self._db = self._open()
