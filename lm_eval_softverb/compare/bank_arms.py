@@ -25,8 +25,8 @@ TASKS = {"dod_general": "general", "dod_classification": "classification", "dod_
 """Harness task → kind of DoD; the first of a kind is its default. Endpoints and recorded outputs have no log-likelihoods."""
 CHAT = "chat-"
 """Begins the names of arms on the endpoint."""
-STOP = {"dod_general": {"until": ["\n\nInput:"]}}
-"""Where a model that has seen examples goes on with the next one; the same in every arm."""
+STOP = {"dod_general": {"until": ["\nInput:", "\nOutput:"]}}
+"""Where a model that has seen examples, or makes them up, goes on with the next one; the same in every arm."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def test_the_general_dod(tmp_path, tiny, monkeypatch, capsys):
     assert other == {"p-task3_green_three": "{{ 7*7 }}\nSay [black]."}
     [samples] = (tmp_path / "out" / "runs" / "shots2").rglob("samples_*")
     line = json.loads(samples.read_text().splitlines()[0])
-    assert line["arguments"]["gen_args_0"]["arg_1"]["until"] == ["\n\nInput:"]
+    assert line["arguments"]["gen_args_0"]["arg_1"]["until"] == ["\nInput:", "\nOutput:"]
     text = dict(_texts(tmp_path / "out", "shots2"))["p-task3_green_three"]
     assert text.count("Input: ") == 2 and "\n\nInput: " in text
     # more tasks later: what was read stays
