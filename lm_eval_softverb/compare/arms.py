@@ -103,7 +103,7 @@ def run_arm(arm: Arm, folder: Path, cache: Path) -> Run:
         SoftverbError: as the model and its tasks.
     """
     if is_finished(arm, folder):
-        return read_run(folder, arm.name)
+        return read_run(folder / storage.read_json(folder / MARK)["results"], arm.name)
     from lm_eval.loggers import EvaluationTracker
 
     storage.require_writable(folder)
@@ -115,9 +115,11 @@ def run_arm(arm: Arm, folder: Path, cache: Path) -> Run:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
-    if len(set(folder.rglob("*.json*")) - before) != 1 + len(samples):
+    written = set(folder.rglob("*.json*")) - before
+    if len(written) != 1 + len(samples):
         raise OutputError(f"The harness could not write its results to {folder} (see the messages above). Is the disk full?")
-    run = read_run(folder, arm.name)
+    # By its name: a clock that went back would make an older run the newest.
+    run = read_run(next(path for path in written if path.name.startswith("results_")), arm.name)
     mark = {
         "settings_sha256": storage.sha256_json(settings),
         "results": str(Path(run.source).relative_to(folder)),

@@ -68,13 +68,18 @@ def test_a_run_is_written_once_and_goes_on(arm, texts, tmp_path, monkeypatch):
     first = run_arm(one, folder, cache)
     assert len(seen) == 6 and {t: len(x.texts) for t, x in first.tasks.items()} == {f"dod_classification/{n}": 3 for n in NAMES}
     assert is_finished(one, folder) and run_arm(one, folder, cache) == first == read_run(folder, "toy")
-    assert len(list(folder.rglob("results_*.json"))) == 1
+    [results] = folder.rglob("results_*.json")
+
+    # Another run of a clock that went ahead does not count.
+    for path in list(results.parent.iterdir()):
+        path.with_name(path.name.replace("_20", "_30", 1)).write_bytes(path.read_bytes().replace(b"0.0", b"1.0"))
+    assert run_arm(one, folder, cache) == first != read_run(folder, "toy")
 
     # Killed after the results and before the mark: nothing is computed again.
     (folder / MARK).unlink()
     assert not is_finished(one, folder)
     again = run_arm(one, folder, cache)
-    assert len(seen) == 6 and again.tasks == first.tasks and len(list(folder.rglob("results_*.json"))) == 2
+    assert len(seen) == 6 and again.tasks == first.tasks and len(list(folder.rglob("results_*.json"))) == 3
 
 
 def test_what_decides_the_scores_is_noticed(arm, texts, tmp_path):
