@@ -47,8 +47,18 @@ def test_lm_eval_commands_parse(command, monkeypatch):
     assert set(tasks.split(",")) <= set(known)
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("transformers serve ")])
+def test_options_of_the_server_exist(command):
+    import inspect
+
+    from transformers.cli.serve import Serve
+
+    given = re.findall(r" --([a-z-]+)", command)
+    assert {name.replace("-", "_") for name in given} <= set(inspect.signature(Serve.__init__).parameters)
+
+
 def test_there_is_something_to_check():
-    assert {c.split()[0] for c in commands()} >= {"make", "softverb", "lm_eval"}
+    assert {c.split()[0] for c in commands()} >= {"make", "softverb", "lm_eval", "transformers"}
 
 
 def test_ci_runs_the_test_command():
