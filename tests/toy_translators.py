@@ -12,7 +12,7 @@ from lm_eval_softverb.verbalizers.translator_training import train_translator
 SETS = [("red", "blue"), ("good", "dull"), ("yes", "no"), ("film", "story"), ("music", "food"), ("one", "two", "three")]
 # Random prompts have nothing in common, so the validation loss only rises: keep the last epoch, whatever it is.
 OVERFIT = {"rank": 8, "alpha": 16, "learning_rate": 2e-2, "epochs": 40, "patience": 0, "min_delta": -1e9, "batch_size": 3}
-OVERFIT |= {"dropout": 0.0, "weight_decay": 0.0, "shuffle_labels": False}
+OVERFIT |= {"dropout": 0.0, "weight_decay": 0.0, "label_order": "given"}
 
 
 def toy_prompt(backbone, seed: int, n: int | None = None, **fields) -> SoftPrompt:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Options that are settings of the same name: of TranslatorConfig, and of PreferenceConfig.
 _BOTH = ("batch_size", "validation", "seed", "max_tokens")
-_SETTINGS = ("kind", "share", "words", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
+_SETTINGS = ("kind", "share", "words", "label_order", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
 _OPTIMISER = ("weight_decay", "max_grad_norm", "dropout")
 _PREFERENCE = ("beta", "candidates", "temperature", "answer_tokens", *_BOTH)
 
@@ -91,7 +91,7 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
     p.add_argument("--answers", action="store_true", help="in front of it, what the prompt answers to neutral inputs (elicit)")
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
-    p.add_argument("--fixed-order", action="store_true", help="labels in the manifest's order in every epoch")
+    p.add_argument("--label-order", help="of the labels in a text: sorted, shuffled in each epoch, or given (default: sorted)")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")
     p.add_argument("--alpha", type=int, help="of LoRA (default: 8)")
@@ -133,7 +133,6 @@ def _configs(a: argparse.Namespace) -> tuple[TranslatorConfig, PreferenceConfig 
         bos=False if a.no_bos else None,
         answers=a.answers or None,
         originals=False if a.no_originals else None,
-        shuffle_labels=False if a.fixed_order else None,
         **{name: getattr(a, name) for name in (*_SETTINGS, *_OPTIMISER, *_BOTH)},
     )
     given = {name: getattr(a, name) for name in _PREFERENCE} | {"epochs": a.dpo_epochs, "learning_rate": a.dpo_lr}

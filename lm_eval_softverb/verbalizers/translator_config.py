@@ -10,6 +10,7 @@ from lm_eval_softverb.errors import ConfigError, did_you_mean
 from lm_eval_softverb.verbalizers import KINDS, Kind
 
 Schedule = Literal["constant", "linear"]
+LabelOrder = Literal["shuffled", "given", "sorted"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class TranslatorConfig(FitConfig):
         rank, alpha: of LoRA.
         bos, words, answers: what stands between a prompt's vectors and its text, see :class:`Between`.
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
-        shuffle_labels: another order of the labels in each epoch.
+        label_order: of the labels in a text: shuffled anew in each epoch; given, as in the manifest (random in the paper); or
+            sorted by the alphabet. A small model that may write them in any order forgets which it has written.
         originals: where a prompt has paraphrases, train on its own text, too.
         share: of the prompts left after validation to learn from; a smaller share is part of every larger one.
     """
@@ -103,7 +105,7 @@ class TranslatorConfig(FitConfig):
     words: str = ""
     answers: bool = False
     max_tokens: int = 300
-    shuffle_labels: bool = True
+    label_order: LabelOrder = "sorted"
     originals: bool = True
     share: float = 1.0
 
@@ -115,6 +117,7 @@ class TranslatorConfig(FitConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1.")
         _check("kind", self.kind, KINDS)
+        _check("label_order", self.label_order, get_args(LabelOrder))
 
     @property
     def between(self) -> Between:
@@ -164,7 +167,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "schedule": "constant",
         "warmup": 0.0,
         "max_grad_norm": 0.0,
-        "shuffle_labels": False,
+        "label_order": "given",
         "originals": False,
     },
 }

@@ -21,7 +21,7 @@ from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import MAX_NEW_TOKENS, Kind
 from lm_eval_softverb.verbalizers.elicit import Elicit
-from lm_eval_softverb.verbalizers.translator_config import Between, TranslatorConfig
+from lm_eval_softverb.verbalizers.translator_config import Between, LabelOrder, TranslatorConfig
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,17 @@ def _meaning(pair: Pair) -> tuple[str, ...]:
     return tuple(sorted(pair.labels)) or (pair.text,)
 
 
+def ordered(pair: Pair, order: LabelOrder) -> str:
+    """The text of a pair with its labels sorted if that is the order, else as it is in the manifest."""
+    return ", ".join(sorted(pair.labels, key=str.casefold)) if order == "sorted" and pair.labels else pair.text
+
+
 def epoch_texts(pairs: Sequence[Pair], config: TranslatorConfig, epoch: int) -> list[tuple[Pair, str]]:
     """What one epoch trains on, in its order; both depend on the seed and the epoch only."""
     stream, out = random.Random(f"{config.seed}/{epoch}"), []
     for pair in pairs:
-        own = pair.text
-        if config.shuffle_labels and pair.labels:
+        own = ordered(pair, config.label_order)
+        if config.label_order == "shuffled" and pair.labels:
             own = ", ".join(stream.sample(pair.labels, len(pair.labels)))
         originals = [own] if config.originals or not pair.paraphrases else []
         out += [(pair, text) for text in (*originals, *pair.paraphrases)]

@@ -30,6 +30,7 @@ from lm_eval_softverb.verbalizers.translator_data import (
     epoch_texts,
     heads,
     held_out,
+    ordered,
     pairs_of,
     target_losses,
 )
@@ -38,7 +39,7 @@ from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
 
 class Translation:
-    """The objective: mean cross-entropy per supervised token. Validation texts are the manifest's, in one order."""
+    """The objective: mean cross-entropy per supervised token. Validation texts are in one order."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Translation:
         before: Heads,
     ) -> None:
         self.backbone, self.config, self.training, self.before = backbone, config, training, before
-        self.held_out, cut = self._encode([(p, p.text) for p in validation])
+        self.held_out, cut = self._encode([(p, ordered(p, config.label_order)) for p in validation])
         self.cut = cut + self._encode(epoch_texts(training, config, 0))[1]
 
     def epoch(self, number: int) -> list[Example]:

@@ -40,7 +40,21 @@ def on(tiny):
 def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):
     out = tmp_path / "t"
     arguments = ["translate", "train", "--bank", bank.source, "--kind", "labels", "--out", str(out), *on(tiny)]
-    settings = ["--rank", "2", "--lr", "0.01", "--epochs", "2", "--no-bos", "--fixed-order", "--seed", "3", "--dropout", "0.2"]
+    settings = [
+        "--rank",
+        "2",
+        "--lr",
+        "0.01",
+        "--epochs",
+        "2",
+        "--no-bos",
+        "--label-order",
+        "given",
+        "--seed",
+        "3",
+        "--dropout",
+        "0.2",
+    ]
     assert cli.main([*arguments, *settings]) == 0
     made = TranslatorAdapter.load(out)
     config = made.info["config"]
@@ -51,7 +65,7 @@ def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):
         3,
         0.2,
     )
-    assert made.between == Between(False) and config["shuffle_labels"] is False and made.info["preset"] == "fixed"
+    assert made.between == Between(False) and config["label_order"] == "given" and made.info["preset"] == "fixed"
     assert made.id in capsys.readouterr().out
     assert cli.main(arguments) == 1
     assert "another run" in capsys.readouterr().err
@@ -72,7 +86,7 @@ def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):
 def test_preferences(bank, tiny, tmp_path, inputs):
     arguments = ["translate", "train", "--bank", bank.source, "--kind", "labels", "--out", str(tmp_path / "t"), *on(tiny)]
     by_heart = "--epochs 40 --lr 0.02 --rank 8 --alpha 16 --min-delta=-1e9 --patience 0 --batch-size 3 --dropout 0"
-    by_heart += " --weight-decay 0 --fixed-order --max-tokens 20 --temperature 1.5"
+    by_heart += " --weight-decay 0 --label-order given --max-tokens 20 --temperature 1.5"
     preferring = ["--dpo", str(inputs), "--dpo-epochs", "2", "--dpo-lr", "0.001", "--beta", "0.2"]
     assert cli.main([*arguments, *by_heart.split(), *preferring]) == 0
     first, made = TranslatorAdapter.load(tmp_path / "t" / "supervised"), TranslatorAdapter.load(tmp_path / "t")

@@ -15,7 +15,16 @@ from lm_eval_softverb.verbalizers import translator_data
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, config
-from lm_eval_softverb.verbalizers.translator_data import encode, epoch_texts, heads, held_out, pairs_of, target_losses
+from lm_eval_softverb.verbalizers.translator_data import (
+    Pair,
+    encode,
+    epoch_texts,
+    heads,
+    held_out,
+    ordered,
+    pairs_of,
+    target_losses,
+)
 
 
 @pytest.fixture
@@ -117,16 +126,20 @@ def test_a_text_that_does_not_fit_is_refused(backbone):
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_labels_come_in_another_order_each_epoch_unless_fixed(bank):
+def test_labels_come_sorted_as_given_or_in_another_order_each_epoch(bank):
     pairs, counts = pairs_of(bank, "labels")
     assert [p.text for p in pairs] == [", ".join(s) for s in SETS]
     assert counts == {"other_split": 0, "without_text": 0, "paraphrased": 0, "texts_unused": 0}
     fixed = [sorted(t for _, t in epoch_texts(pairs, config("paper"), e)) for e in range(4)]
     assert fixed == [sorted(", ".join(s) for s in SETS)] * 4
-    shuffled = [sorted(t for _, t in epoch_texts(pairs, config(), e)) for e in range(4)]
+    alphabetic = [sorted(t for _, t in epoch_texts(pairs, config(), e)) for e in range(4)]
+    assert alphabetic == [sorted(", ".join(sorted(s)) for s in SETS)] * 4
+    assert ordered(Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b")), "sorted") == "a, b, Zoo"
+    free = config(label_order="shuffled")
+    shuffled = [sorted(t for _, t in epoch_texts(pairs, free, e)) for e in range(4)]
     assert len({tuple(x) for x in shuffled}) > 2
     assert {frozenset(t.split(", ")) for t in shuffled[0]} == {frozenset(s) for s in SETS}
-    assert epoch_texts(pairs, config(), 1) == epoch_texts(pairs, config(), 1)
+    assert epoch_texts(pairs, free, 1) == epoch_texts(pairs, free, 1)
 
 
 def test_paraphrases_by_prompt_or_task(bank, tmp_path):
