@@ -100,7 +100,7 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
             given["selection"] = out / "selection" / "selection.json"
         command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
         command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
-        command += ["--metadata", json.dumps({"dod": a.dod})] if a.dod else []
+        command += ["--batch_size", "16", *(["--metadata", json.dumps({"dod": a.dod})] if a.dod else [])]
         command += ["--gen_kwargs", arm["gen"]] if "gen" in arm else []
         run(name, [*command, "--output_path", folder, "--log_samples"])
         found.append(read_run(folder, name))
