@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Options that are settings of the same name: of TranslatorConfig, and of PreferenceConfig.
 _BOTH = ("batch_size", "validation", "seed", "max_tokens")
-_SETTINGS = ("kind", "share", "words", "label_order", "rank", "alpha", "epochs", "patience", "min_delta", "schedule", "warmup")
-_OPTIMISER = ("weight_decay", "max_grad_norm", "dropout")
+_SETTINGS = ("kind", "share", "words", "label_order", "noise", "rank", "alpha")
+_OPTIMISER = ("epochs", "patience", "min_delta", "schedule", "warmup", "weight_decay", "max_grad_norm", "dropout")
 _PREFERENCE = ("beta", "candidates", "temperature", "answer_tokens", *_BOTH)
 
 
@@ -90,6 +90,9 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument("--no-originals", action="store_true", help="where a prompt has paraphrases, leave out its own text")
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
     p.add_argument("--answers", action="store_true", help="in front of it, what the prompt answers to neutral inputs (elicit)")
+    p.add_argument(
+        "--noise", type=float, help="added to the prompts' vectors, in shares of their root mean square (default: 0)"
+    )
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
     p.add_argument("--label-order", help="of the labels in a text: sorted, shuffled in each epoch, or given (default: sorted)")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")

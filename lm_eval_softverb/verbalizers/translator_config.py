@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -94,6 +95,8 @@ class TranslatorConfig(FitConfig):
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
         label_order: of the labels in a text: shuffled anew in each epoch; given, as in the manifest (random in the paper); or
             sorted by the alphabet. A small model that may write them in any order forgets which it has written.
+        noise: added to a prompt's vectors, anew in each epoch, in shares of their root mean square. A few hundred prompts are
+            soon known by heart; noise keeps a translator from telling them apart by details that mean nothing.
         originals: where a prompt has paraphrases, train on its own text, too.
         share: of the prompts left after validation to learn from; a smaller share is part of every larger one.
     """
@@ -106,11 +109,14 @@ class TranslatorConfig(FitConfig):
     answers: bool = False
     max_tokens: int = 300
     label_order: LabelOrder = "sorted"
+    noise: float = 0.0
     originals: bool = True
     share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise is {self.noise}, expected at least 0.")
         if not 0 < self.share <= 1:
             raise ConfigError(f"share is {self.share}, expected more than 0 and at most 1.")
         for name in ("rank", "alpha", "max_tokens"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,20 @@ def encode(
     longest = max((len(e.ids) for e in examples), default=0)
     backbone.check_room(longest, "Lower max_tokens, or use prompts of fewer virtual tokens.")
     return examples, cut
+
+
+def noisy(examples: Sequence[Example], noise: float, stream: str) -> list[Example]:
+    """Examples with normal noise on their vectors, ``noise`` times the root mean square of each prompt's; a function of
+    ``stream`` and the example's place.
+    """
+    out = []
+    for place, example in enumerate(examples):
+        generator = torch.Generator().manual_seed(int(storage.sha256_json([stream, place])[:15], 16))
+        rows = example.rows.float()
+        out.append(
+            replace(example, rows=rows + noise * rows.square().mean().sqrt() * torch.randn(rows.shape, generator=generator))
+        )
+    return out
 
 
 def target_losses(backbone: Backbone, examples: Sequence[Example]) -> Tensor:

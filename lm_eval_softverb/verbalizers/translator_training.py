@@ -30,6 +30,7 @@ from lm_eval_softverb.verbalizers.translator_data import (
     epoch_texts,
     heads,
     held_out,
+    noisy,
     ordered,
     pairs_of,
     target_losses,
@@ -54,7 +55,8 @@ class Translation:
         self.cut = cut + self._encode(epoch_texts(training, config, 0))[1]
 
     def epoch(self, number: int) -> list[Example]:
-        return self._encode(epoch_texts(self.training, self.config, number))[0]
+        examples = self._encode(epoch_texts(self.training, self.config, number))[0]
+        return noisy(examples, self.config.noise, f"{self.config.seed}/{number}") if self.config.noise else examples
 
     def validation(self) -> list[Example]:
         return self.held_out

@@ -21,10 +21,12 @@ from lm_eval_softverb.verbalizers.translator_data import (
     epoch_texts,
     heads,
     held_out,
+    noisy,
     ordered,
     pairs_of,
     target_losses,
 )
+from lm_eval_softverb.verbalizers.translator_training import Translation
 
 
 @pytest.fixture
@@ -100,6 +102,33 @@ def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, monkeypat
     for i, example in enumerate(examples):
         own = [b.tokenizer.encode(t, add_special_tokens=False) for t in (f"Answers: answer {i % 3}\n", "Labels:")]
         assert example.context == (-1, -2, BOS, *own[0], *own[1])
+
+
+class PlainHeads(dict):
+    def __missing__(self, _prompt):
+        return [BOS]
+
+
+def test_noise_is_another_in_each_epoch_and_as_large_as_asked_for(bank, backbone):
+    b = backbone("llama")
+    examples, _ = encoded(b, [(toy_prompt(b, 1, n=40), "no")] * 2, Between(), 9)
+    first, second = (noisy(examples, 0.5, f"0/{epoch}") for epoch in range(2))
+    rows = examples[0].rows
+    added = [e.rows - rows for e in (*first, *second)]
+    for noise in added:
+        assert float(noise.square().mean().sqrt()) == pytest.approx(0.5 * float(rows.square().mean().sqrt()), rel=0.1)
+    assert all(not torch.equal(added[i], added[j]) for i in range(4) for j in range(i))
+    assert torch.equal(noisy(examples, 0.5, "0/0")[1].rows, first[1].rows)
+    assert [e.ids for e in first] == [e.ids for e in examples] and torch.equal(examples[0].rows, rows)
+
+
+def test_only_training_examples_are_noisy(bank, backbone):
+    pairs, _ = pairs_of(bank, "labels")
+    loud, plain = (Translation(backbone("llama"), pairs[:2], pairs[2:], config(noise=n), PlainHeads()) for n in (0.5, 0.0))
+    for found, clean in zip(loud.epoch(0), plain.epoch(0), strict=True):
+        assert found.target == clean.target and not torch.equal(found.rows, clean.rows)
+    for found, clean in zip(loud.validation(), plain.validation(), strict=True):
+        assert torch.equal(found.rows, clean.rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
