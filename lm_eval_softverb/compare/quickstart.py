@@ -57,20 +57,24 @@ class Reading:
         name: in the table.
         method, settings: of the verbalizer.
         control: read instead of the prompt.
+        only: base model that the settings were chosen on; another one's prompts are not read so.
     """
 
     name: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     control: str = "none"
+    only: str = ""
 
 
 READINGS = (
+    Reading("elicited answers", "elicit"),
+    Reading("elicited from random vectors", "elicit", control="random"),
     Reading("nearest tokens, cosine", "nearest"),
     Reading("nearest tokens, Euclidean", "nearest", {"distance": "euclidean"}),
     Reading("InSPEcT, fixed layers", "inspect"),
-    Reading("InSPEcT, selected layers", "inspect", {"selection": DEFAULT}),
-    Reading("InSPEcT of random vectors", "inspect", {"selection": DEFAULT}, control="random"),
+    Reading("InSPEcT, selected layers", "inspect", {"selection": DEFAULT}, only=DEFAULT),
+    Reading("InSPEcT of random vectors", "inspect", {"selection": DEFAULT}, "random", only=DEFAULT),
     Reading("self-verbalization", "selfverb"),
     Reading("self-verbalization of random vectors", "selfverb", control="random"),
 )
@@ -169,10 +173,9 @@ def read_prompt(backbone: Backbone, prompt: SoftPrompt, labelset: str) -> list[d
     gold = labelsets.label_words(labelset)
     out: list[dict[str, Any]] = [{"method": "ground truth", "text": ", ".join(gold), **label_scores(", ".join(gold), gold)}]
     for reading in READINGS:
-        settings = dict(reading.settings)
-        if settings.get("selection") not in (None, backbone.name):
-            continue  # chosen for another model
-        verbalizer = for_bank(create(reading.method, **settings), [{"labels": gold}])
+        if reading.only not in ("", backbone.name):
+            continue
+        verbalizer = for_bank(create(reading.method, **reading.settings), [{"labels": gold}])
         prompts = controlled([prompt], reading.control)
         [[text, *_]] = verbalizer.verbalize(backbone, prompts, kind="labels", max_new_tokens=MAX_NEW_TOKENS["labels"])
         out.append({"method": reading.name, **text.to_json(), **label_scores(text.text, gold)})
