@@ -94,7 +94,7 @@ Run the same command again after an interruption: training goes on from its last
         "--noise", type=float, help="added to the prompts' vectors, in shares of their root mean square (default: 0)"
     )
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
-    p.add_argument("--label-order", help="of the labels in a text: sorted, shuffled in each epoch, or given (default: sorted)")
+    p.add_argument("--label-order", help="in a text: shuffled in each epoch (the default), given or sorted")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")
     p.add_argument("--alpha", type=int, help="of LoRA (default: 8)")

@@ -114,7 +114,7 @@ class Translator:
             )
         before, asked, first_row = heads(backbone, read, adapter.between, adapter.kind, prefill=self.prefill), [], 0
         for index, prompt in enumerate(read):
-            context = (*virtual_ids(first_row, prompt.n), *before[prompt.id])
+            context = (*virtual_ids(first_row, prompt.n), *before[prompt.id].ids(backbone))
             first_row += prompt.n
             for sample in range(max(1, self.samples)):
                 stream = int(storage.sha256_json([self.seed, prompts[index].id, sample])[:15], 16)

@@ -148,8 +148,28 @@ def epoch_texts(pairs: Sequence[Pair], config: TranslatorConfig, epoch: int) -> 
     return out
 
 
-Heads = Mapping[str, Sequence[int]]
-"""Prompt id → ids between its vectors and its text."""
+@dataclass(frozen=True)
+class Head:
+    """What stands between a prompt's vectors and its text: ids, the prompt's own answers, ids.
+
+    Attributes:
+        answers: the most frequent first; None where there are to be none.
+    """
+
+    start: tuple[int, ...]
+    answers: tuple[str, ...] | None
+    end: tuple[int, ...]
+
+    def ids(self, backbone: Backbone, stream: random.Random | None = None) -> list[int]:
+        """All of it, with the answers in another order where there is a ``stream`` of random numbers."""
+        if self.answers is None:
+            return [*self.start, *self.end]
+        order = stream.sample(self.answers, len(self.answers)) if stream else self.answers
+        return [*self.start, *plain_ids(backbone, f"Answers: {', '.join(order)}\n"), *self.end]
+
+
+Heads = Mapping[str, Head]
+"""By the prompt's id."""
 TOGETHER = 16
 """Prompts whose answers are drawn together."""
 
@@ -173,17 +193,18 @@ def heads(
     own, different = backbone.tokenizer.bos_token_id, list({p.id: p for p in prompts}.values())
     if between.bos and own is None:
         raise ConfigError(f"The tokenizer of {backbone.name} has no BOS to put between prompt and text; train with bos=false.")
-    start = [own] if between.bos else []
-    end = [*plain_ids(backbone, between.words), *plain_ids(backbone, prefill)]
+    start = (own,) if between.bos else ()
+    end = (*plain_ids(backbone, between.words), *plain_ids(backbone, prefill))
+    found = {prompt.id: Head(start, None, end) for prompt in different}
     if not between.answers:
-        return {prompt.id: [*start, *end] for prompt in different}
-    found: dict[str, list[int]] = {}
+        return found
     with tqdm(total=len(different), desc="answers", unit="prompt", disable=not progress) as bar:
         for first in range(0, len(different), TOGETHER):
             part = different[first : first + TOGETHER]
             texts = Elicit().verbalize(backbone, part, kind=kind, max_new_tokens=MAX_NEW_TOKENS[kind])
             for prompt, [text] in zip(part, texts, strict=True):
-                found[prompt.id] = [*start, *plain_ids(backbone, f"Answers: {text.text}\n"), *end]
+                kept = list(text.details["answers"])[: text.details["kept"]]
+                found[prompt.id] = Head(start, tuple(kept), end)
             bar.update(len(part))
     return found
 
@@ -208,13 +229,24 @@ def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[in
 
 
 def encode(
-    backbone: Backbone, items: Iterable[tuple[SoftPrompt, str]], *, before: Heads, max_tokens: int
+    backbone: Backbone,
+    items: Iterable[tuple[SoftPrompt, str]],
+    *,
+    before: Heads,
+    max_tokens: int,
+    stream: random.Random | None = None,
 ) -> tuple[list[Example], int]:
-    """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut."""
+    """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut.
+
+    Args:
+        stream: for the order of the prompts' own answers; None keeps the most frequent first.
+    """
     examples, cut = [], 0
     for prompt, text in items:
         target, too_long = target_ids(backbone, text, max_tokens)
-        examples.append(Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before[prompt.id]), target))
+        examples.append(
+            Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before[prompt.id].ids(backbone, stream)), target)
+        )
         cut += too_long
     longest = max((len(e.ids) for e in examples), default=0)
     backbone.check_room(longest, "Lower max_tokens, or use prompts of fewer virtual tokens.")

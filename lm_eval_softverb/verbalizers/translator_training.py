@@ -6,6 +6,7 @@ put behind every text after it was cut, so that the last supervised token of eac
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ class Translation:
         self.cut = cut + self._encode(epoch_texts(training, config, 0))[1]
 
     def epoch(self, number: int) -> list[Example]:
-        examples = self._encode(epoch_texts(self.training, self.config, number))[0]
+        stream = random.Random(f"{self.config.seed}/{number}/answers")
+        examples = self._encode(epoch_texts(self.training, self.config, number), stream)[0]
         return noisy(examples, self.config.noise, f"{self.config.seed}/{number}") if self.config.noise else examples
 
     def validation(self) -> list[Example]:
@@ -70,9 +72,9 @@ class Translation:
     def length(self, example: Example) -> int:
         return len(example.ids)
 
-    def _encode(self, items: Sequence[tuple[Pair, str]]) -> tuple[list[Example], int]:
+    def _encode(self, items: Sequence[tuple[Pair, str]], stream: random.Random | None = None) -> tuple[list[Example], int]:
         prompts = [(pair.prompt, text) for pair, text in items]
-        return encode(self.backbone, prompts, before=self.before, max_tokens=self.config.max_tokens)
+        return encode(self.backbone, prompts, before=self.before, max_tokens=self.config.max_tokens, stream=stream)
 
 
 def train_translator(

@@ -53,7 +53,7 @@ def plain(model_folder, pairs, c, initial):
             optimiser.step()
             step += 1
         with torch.no_grad():
-            found = [nll(p, ", ".join(sorted(p.labels))) for p in validation]
+            found = [nll(p, p.text) for p in validation]
         losses.append(float(sum(x for x, _ in found)) / sum(n for _, n in found))
     return weights, losses
 

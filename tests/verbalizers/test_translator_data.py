@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_data import (
+    Head,
     Pair,
     encode,
     epoch_texts,
@@ -92,7 +94,8 @@ def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, monkeypat
 
     def verbalize(self, b, part, *, kind, max_new_tokens):
         asked.append([p.id for p in part])
-        return [[Verbalization(f"answer {prompts.index(p)}")] for p in part]
+        answers = {f"answer {prompts.index(p)}": 0.5 for p in part}
+        return [[Verbalization("", details={"answers": {a: 0.5, "b": 0.4, "c": 0.1}, "kept": 2})] for a in answers]
 
     monkeypatch.setattr(Elicit, "verbalize", verbalize)
     monkeypatch.setattr(translator_data, "TOGETHER", 2)
@@ -100,13 +103,22 @@ def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, monkeypat
     examples, _ = encoded(b, items, Between(words="Labels:", answers=True), 9)
     assert asked == [[prompts[0].id, prompts[1].id], [prompts[2].id]]  # once for each prompt
     for i, example in enumerate(examples):
-        own = [b.tokenizer.encode(t, add_special_tokens=False) for t in (f"Answers: answer {i % 3}\n", "Labels:")]
+        own = [b.tokenizer.encode(t, add_special_tokens=False) for t in (f"Answers: answer {i % 3}, b\n", "Labels:")]
         assert example.context == (-1, -2, BOS, *own[0], *own[1])
+
+
+def test_answers_come_in_another_order_when_learning(backbone):
+    b = backbone("llama")
+    head = Head((BOS,), ("red", "blue", "green"), (7,))
+    assert head.ids(b) == [BOS, *b.tokenizer.encode("Answers: red, blue, green\n", add_special_tokens=False), 7]
+    orders = {tuple(head.ids(b, random.Random(i))) for i in range(20)}
+    assert len(orders) == 6 and all(x[0] == BOS and x[-1] == 7 for x in orders)
+    assert Head((BOS,), None, (7,)).ids(b, random.Random(0)) == [BOS, 7]
 
 
 class PlainHeads(dict):
     def __missing__(self, _prompt):
-        return [BOS]
+        return Head((BOS,), None, ())
 
 
 def test_noise_is_another_in_each_epoch_and_as_large_as_asked_for(bank, backbone):
@@ -161,10 +173,10 @@ def test_labels_come_sorted_as_given_or_in_another_order_each_epoch(bank):
     assert counts == {"other_split": 0, "without_text": 0, "paraphrased": 0, "texts_unused": 0}
     fixed = [sorted(t for _, t in epoch_texts(pairs, config("paper"), e)) for e in range(4)]
     assert fixed == [sorted(", ".join(s) for s in SETS)] * 4
-    alphabetic = [sorted(t for _, t in epoch_texts(pairs, config(), e)) for e in range(4)]
+    alphabetic = [sorted(t for _, t in epoch_texts(pairs, config(label_order="sorted"), e)) for e in range(4)]
     assert alphabetic == [sorted(", ".join(sorted(s)) for s in SETS)] * 4
     assert ordered(Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b")), "sorted") == "a, b, Zoo"
-    free = config(label_order="shuffled")
+    free = config()
     shuffled = [sorted(t for _, t in epoch_texts(pairs, free, e)) for e in range(4)]
     assert len({tuple(x) for x in shuffled}) > 2
     assert {frozenset(t.split(", ")) for t in shuffled[0]} == {frozenset(s) for s in SETS}
