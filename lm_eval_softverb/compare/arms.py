@@ -40,7 +40,6 @@ class Arm:
         tasks: what is scored.
         shots: ``--num_fewshot``.
         metadata: what the tasks are told beside ``model_args``.
-        gen_kwargs: settings of the tasks' generation that are changed.
         limits: model arguments that decide no answer, such as budgets: a finished arm is finished under others, too.
         batch_size: decides no answer either.
         device: of local models.
@@ -52,7 +51,6 @@ class Arm:
     tasks: tuple[str, ...]
     shots: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    gen_kwargs: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 16
     device: str | None = None
@@ -66,15 +64,13 @@ class Arm:
             "tasks": list(self.tasks),
             "shots": self.shots,
             "metadata": _by_content(self.metadata),
-            "gen_kwargs": dict(self.gen_kwargs),
         }
 
     def command(self, folder: Path, cache: Path) -> str:
         """The same run as a command line."""
         words = ["lm_eval", "--model", self.model, "--model_args", _argument({**self.model_args, **self.limits})]
         words += ["--tasks", ",".join(self.tasks)]
-        for option, value in (("--metadata", self.metadata), ("--gen_kwargs", self.gen_kwargs)):
-            words += [option, json.dumps(dict(value), ensure_ascii=False)] if value else []
+        words += ["--metadata", json.dumps(dict(self.metadata), ensure_ascii=False)] if self.metadata else []
         words += ["--num_fewshot", str(self.shots)] if self.shots else []
         words += ["--device", self.device] if self.device else []
         words += ["--batch_size", str(self.batch_size), "--output_path", str(folder), "--log_samples"]
@@ -165,7 +161,6 @@ def _evaluate(arm: Arm, cache: Path, plan: bool = False, **options: Any) -> dict
         batch_size=arm.batch_size,
         device=arm.device,
         use_cache=None if arm.model in _WITHOUT_CACHE else str(cache),
-        gen_kwargs=dict(arm.gen_kwargs) or None,
         task_manager=TaskManager(include_path=str(task_dir()), include_defaults=False, metadata=metadata),
         bootstrap_iters=1000,
         **options,

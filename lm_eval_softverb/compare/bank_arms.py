@@ -25,8 +25,6 @@ TASKS = {"dod_general": "general", "dod_classification": "classification", "dod_
 """Harness task → kind of DoD; the first of a kind is its default. Endpoints and recorded outputs have no log-likelihoods."""
 CHAT = "chat-"
 """Begins the names of arms on the endpoint."""
-STOP = {"dod_general": {"until": ["\nInput:", "\nOutput:"]}}
-"""Where a model that has seen examples, or makes them up, goes on with the next one; the same in every arm."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +179,12 @@ class BankArms:
         return found
 
     def _arm(self, name: str, model: str, model_args: Mapping[str, Any], device: str | None = None) -> Arm:
-        settings = STOP.get(self.scored, {})
         return Arm(
             name,
             model,
             model_args,
             (self.scored,),
             metadata=self.metadata,
-            gen_kwargs=settings,
             batch_size=self.batch_size,
             device=device,
         )

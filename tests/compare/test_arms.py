@@ -88,7 +88,6 @@ def test_what_decides_the_scores_is_noticed(arm, texts, tmp_path):
     for other in (
         replace(one, model_args={**one.model_args, "dtype": "bfloat16"}),
         replace(one, metadata={**one.metadata, "rows": 2}),
-        replace(one, gen_kwargs={"max_gen_toks": 3}),
         replace(one, shots=1),
         replace(one, tasks=("dod_classification_mc",)),
     ):
@@ -127,14 +126,14 @@ def test_documents_without_an_answer_are_asked_for_again(arm, tmp_path):
 def test_the_command_line_says_the_same(arm, texts, tmp_path, monkeypatch):
     from lm_eval._cli.harness import HarnessCLI
 
-    plain = replace(arm(prompt_file=texts("x")), gen_kwargs={"until": ["\n\nInput:"]}, shots=2, limits={"prices": "p.json"})
+    plain = replace(arm(prompt_file=texts("x")), shots=2, limits={"prices": "p.json"})
     odd = replace(plain, model_args={**plain.model_args, "note": "a,b=c"})
     for one in (plain, odd):
         words = shlex.split(one.command(tmp_path / "run", tmp_path / "cache"))
         monkeypatch.setattr("sys.argv", words)
         a = HarnessCLI().parse_args()
         assert (a.model, a.model_args) == ("hardprompt", {**one.model_args, "prices": "p.json"})
-        assert a.metadata == one.metadata and a.gen_kwargs == one.gen_kwargs and a.num_fewshot == 2
+        assert a.metadata == one.metadata and a.num_fewshot == 2
         assert a.log_samples and str(a.output_path) == str(tmp_path / "run") and a.use_cache == str(tmp_path / "cache")
     assert "--use_cache" not in arm("replay", file="f").command(tmp_path, tmp_path / "cache")
     run_arm(replace(plain, limits={}), tmp_path / "run", tmp_path / "cache")

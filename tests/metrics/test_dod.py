@@ -120,7 +120,12 @@ def test_every_number_of_the_general_tasks(run, general):
     gold = [f"{definition}\n\n{doc['input']}" for definition, doc in zip(definitions, docs, strict=True)]
     assert [r.args[0] for r in asked["dod_general_gold"]] == gold
     for request in lm.requests:
-        assert request.args[1] == {"until": [], "max_gen_toks": 64, "do_sample": False, "temperature": 0.0}
+        assert request.args[1] == {
+            "until": ["\nInput:", "\nOutput:"],
+            "max_gen_toks": 64,
+            "do_sample": False,
+            "temperature": 0.0,
+        }
         assert request.doc["prompt_id"] == f"p-{request.doc['task']}"
 
 
