@@ -38,8 +38,7 @@ class Translator:
     have as confidence. ``details["cut"]`` says whether ``max_new_tokens`` ended a text rather than EOS.
 
     Attributes:
-        adapter: folder written by ``softverb translate train``, or the name of a shipped translator: ``smollm2-135m-labels``,
-            ``smollm2-135m-instructions``.
+        adapter: folder written by ``softverb translate train``, or the name of a translator that comes with the package.
         samples: 0 is greedy; otherwise how many to draw, from all tokens.
         temperature: of the samples.
         seed: of the samples; each also depends on the prompt's id and its number, and on nothing else.
@@ -66,7 +65,7 @@ class Translator:
         if not self.adapter:
             raise ConfigError(
                 "Method 'translator' needs adapter=DIR, a folder written by `softverb translate train`, or the name of a "
-                f"shipped translator: {', '.join(shipped())}."
+                f"shipped translator (there are {', '.join(shipped()) or 'none'})."
             )
         if self.samples < 0:
             raise ConfigError(f"samples is {self.samples}, expected 0 (greedy) or the number of samples to draw.")

@@ -104,7 +104,8 @@ class TranslatorAdapter:
         if not (path / SIDECAR).exists():
             raise ArtifactError(
                 f"{path} is no translator: {SIDECAR} is missing (it is written last, so training is not finished). "
-                f"Pass the folder that `softverb translate train` wrote, or the name of a shipped one: {', '.join(known)}."
+                "Pass the folder that `softverb translate train` wrote, or the name of a shipped translator (there are "
+                f"{', '.join(known) or 'none'})."
             )
         rank, alpha, targets = _lora_config(path / ADAPTER_CONFIG)
         sidecar = storage.read_json(path / SIDECAR)

@@ -59,6 +59,21 @@ def test_saved_and_loaded(backbone, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, SIDECAR}
 
 
+def test_shipped_translators_go_by_their_names(backbone, tmp_path, monkeypatch):
+    from lm_eval_softverb.verbalizers import translator_adapter
+
+    monkeypatch.setattr(translator_adapter, "SHIPPED", tmp_path)
+    with pytest.raises(ArtifactError, match="there are none"):
+        TranslatorAdapter.load("toy-labels")
+    made = made_of(backbone("llama"), tmp_path / "toy-labels")
+    assert translator_adapter.shipped() == ["toy-labels"] and TranslatorAdapter.load("toy-labels").id == made.id
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy-labels" / SIDECAR).unlink()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ArtifactError, match="other is no translator"):  # a folder of that name comes first
+        TranslatorAdapter.load("other")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_vision"])
 def test_without_our_file_it_is_a_working_peft_adapter(tiny, backbone, tmp_path, name):
     from peft import PeftModel
