@@ -19,6 +19,7 @@ from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.bank import MANIFEST, Bank
 from lm_eval_softverb.data.rows import data_sha256
 from lm_eval_softverb.errors import ArtifactError, ConfigError, NonFiniteError
+from lm_eval_softverb.prompt import SIDECAR, WEIGHTS
 from lm_eval_softverb.tuners import bank as bank_module
 from lm_eval_softverb.tuners import loss as loss_module
 from lm_eval_softverb.tuners.bank import SCORES, seed_of, train_bank, unfinished, work_folder
@@ -206,8 +207,9 @@ def test_f03_sigkill_while_a_bank_is_trained(tiny, dod, clean, tmp_path):
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    finished = {p: (p.stat().st_mtime_ns, storage.sha256_file(p)) for p in work_folder(out).glob("*/adapter_model.safetensors")}
-    assert not (out / "manifest.jsonl").exists()
+    files = (p.with_name(WEIGHTS) for p in work_folder(out).glob(f"*/{SIDECAR}"))  # which is a prompt's last file
+    finished = {p: (p.stat().st_mtime_ns, storage.sha256_file(p)) for p in files}
+    assert finished and not (out / "manifest.jsonl").exists()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     for path, before in finished.items():
         assert (path.stat().st_mtime_ns, storage.sha256_file(path)) == before
