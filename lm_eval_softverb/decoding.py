@@ -170,8 +170,7 @@ def generate(
         select = torch.tensor(shared, device=logits.device)
         cache.batch_select_indices(select)
         logits, mask, positions = logits[select], mask[select], positions[select]
-    answers: list[list[int]]
-    answers, _ = decode(
+    return decode(  # type: ignore[no-any-return]
         backbone,
         rows,
         cache,
@@ -183,8 +182,7 @@ def generate(
         sampling=sampling,
         seeds=seeds,
         contexts=contexts,
-    )
-    return answers
+    )[0]
 
 
 @torch.no_grad()

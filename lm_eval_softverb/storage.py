@@ -41,6 +41,11 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode())
 
 
+def seed_from(*parts: Any) -> int:
+    """A seed for a random stream of its own: the same parts (JSON values) give the same one, on every machine."""
+    return int(sha256_json(list(parts))[:15], 16)
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 

@@ -159,3 +159,9 @@ def test_file_hashes_are_sha256(tmp_path):
     data = b"x" * (3 << 20)
     (tmp_path / "a").write_bytes(data)
     assert storage.sha256_file(tmp_path / "a") == storage.sha256_bytes(data)
+
+
+def test_a_seed_is_that_of_its_parts():
+    assert storage.seed_from(0, "sp-1", 2) == int(storage.sha256_json([0, "sp-1", 2])[:15], 16)
+    assert len({storage.seed_from(0, "a"), storage.seed_from("a", 0), storage.seed_from("0", "a")}) == 3
+    assert 0 <= storage.seed_from() < 2**60

@@ -269,12 +269,8 @@ def _digest(sentence: str) -> str:
     return storage.sha256_bytes(prompts.normalised(sentence).encode())[:16]
 
 
-def _seed(*parts: Any) -> int:
-    return int(storage.sha256_json(list(parts))[:15], 16)
-
-
 def _primers(config: ClassificationConfig, words: Sequence[str], index: int, attempt: int) -> list[str]:
-    return random.Random(_seed(config.seed, index, "words", attempt)).sample(list(words), config.words)
+    return random.Random(storage.seed_from(config.seed, index, "words", attempt)).sample(list(words), config.words)
 
 
 def _label_requests(config: ClassificationConfig, words: Sequence[str], index: int) -> list[ChatRequest]:
@@ -284,7 +280,7 @@ def _label_requests(config: ClassificationConfig, words: Sequence[str], index: i
             config.variant,
             _primers(config, words, index, attempt),
             config.labels,
-            seed=_seed(config.seed, index, "labels", attempt),
+            seed=storage.seed_from(config.seed, index, "labels", attempt),
             **sampling,
         )
         for attempt in range(config.label_attempts)
@@ -314,10 +310,10 @@ def _sentence_requests(
     for label, number in numbers.items():
         others = [other for other in labels if other != label]
         for k in range(number):
-            seed, form = _seed(config.seed, index, label, turn, k), turn * config.requests + k
+            seed, form = storage.seed_from(config.seed, index, label, turn, k), turn * config.requests + k
             cue = cues[label][form % len(cues[label])] if cues else ""
             if cue:
-                turns = prompts.cue_turns(cue, _seed(config.seed, index, turn))
+                turns = prompts.cue_turns(cue, storage.seed_from(config.seed, index, turn))
             else:
                 hint = random.Random(seed).choice(list(words))
                 turns = [prompts.sentence_question(config.style, label, others, hint, config.per_request, form)]

@@ -182,7 +182,7 @@ def _one(config: ParaphraseConfig, meter: Metered, name: str, definition: str) -
 
 
 def _request(config: ParaphraseConfig, name: str, definition: str, copy: int, attempt: int) -> ChatRequest:
-    seed = int(storage.sha256_json([config.seed, name, copy, attempt])[:15], 16)
+    seed = storage.seed_from(config.seed, name, copy, attempt)
     manner = MANNERS[(copy + attempt) % len(MANNERS)]
     return ChatRequest.of(
         QUESTION.format(manner=MANNERS[0], definition=_EXAMPLE[0]),

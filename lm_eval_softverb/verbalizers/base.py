@@ -146,7 +146,7 @@ def random_like(prompts: Sequence[SoftPrompt], seed: int = 0) -> list[SoftPrompt
     """
     out = []
     for prompt in prompts:
-        own = int(storage.sha256_json(["control", seed, prompt.id])[:15], 16)
+        own = storage.seed_from("control", seed, prompt.id)
         noise = torch.randn(prompt.embeddings.shape, generator=torch.Generator().manual_seed(own))
         rows = noise * (prompt.embeddings.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         out.append(replace(prompt, embeddings=rows, info={"control": "random", "norms_of": prompt.id, "seed": seed}))

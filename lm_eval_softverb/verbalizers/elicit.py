@@ -130,7 +130,7 @@ class Elicit:
             for text in inputs:
                 context = tuple(with_slot(backbone, prompt, slot, text))
                 for sample in range(self.samples):
-                    stream = int(storage.sha256_json([self.seed, prompt.id, text, sample])[:15], 16)
+                    stream = storage.seed_from(self.seed, prompt.id, text, sample)
                     asked.append(Asked(index, context, stream))
         longest = max((len(a.context) for a in asked), default=0) + self.answer_tokens
         backbone.check_room(longest, "Leave out the longest inputs.")

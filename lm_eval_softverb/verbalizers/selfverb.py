@@ -121,7 +121,7 @@ class SelfVerb:
             for group in [(frame,) for frame in frames] if self.per_frame else [frames]:
                 ids = self._encode(backbone, group, virtual, kind)
                 for sample in range(max(1, self.samples)):
-                    stream = int(storage.sha256_json([self.seed, prompt.id, sample])[:15], 16)
+                    stream = storage.seed_from(self.seed, prompt.id, sample)
                     asked.append(Question(index, group, ids, stream, bool(backbone.tokenizer.chat_template)))
         return asked
 

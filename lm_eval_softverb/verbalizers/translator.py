@@ -116,7 +116,7 @@ class Translator:
             context = (*virtual_ids(first_row, prompt.n), *before[prompt.id].ids(backbone))
             first_row += prompt.n
             for sample in range(max(1, self.samples)):
-                stream = int(storage.sha256_json([self.seed, prompts[index].id, sample])[:15], 16)
+                stream = storage.seed_from(self.seed, prompts[index].id, sample)
                 asked.append(Row(index, context, stream))
         backbone.check_room(max(len(r.context) for r in asked) + max_new_tokens, "Lower max_new_tokens.")
         run = partial(self._write, backbone, backbone.stack(read), asked, max_new_tokens)

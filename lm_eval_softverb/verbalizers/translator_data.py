@@ -259,7 +259,7 @@ def noisy(examples: Sequence[Example], noise: float, stream: str) -> list[Exampl
     """
     out = []
     for place, example in enumerate(examples):
-        generator = torch.Generator().manual_seed(int(storage.sha256_json([stream, place])[:15], 16))
+        generator = torch.Generator().manual_seed(storage.seed_from(stream, place))
         rows = example.rows.float()
         out.append(
             replace(example, rows=rows + noise * rows.square().mean().sqrt() * torch.randn(rows.shape, generator=generator))

@@ -198,8 +198,7 @@ class Fit(Generic[E]):
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.layers.on(training=True), attention(self.backbone):
             # Dropout depends on the seed, the step and the process only, so a resumed run draws the same masks.
-            own = storage.sha256_json([self.config.seed, self.progress.step, self.processes.rank])
-            torch.manual_seed(int(own[:15], 16))
+            torch.manual_seed(storage.seed_from(self.config.seed, self.progress.step, self.processes.rank))
             for part in self._passes(examples, self.size):
                 loss = self.objective.losses(part).sum() / weight
                 loss.backward()
