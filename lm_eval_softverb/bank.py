@@ -7,7 +7,7 @@ prompt of a bank saved by itself (:meth:`SoftPrompt.save`) is a PEFT folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +75,26 @@ class Bank:
         if not prompts:
             raise ArtifactError(f"{manifest} lists no prompts.")
         return cls(tuple(prompts), tuple(entries), str(root))
+
+    @classmethod
+    def joined(cls, banks: Sequence[Bank]) -> Bank:
+        """The prompts of all banks, one bank after the other; they may be of different models.
+
+        Raises:
+            ArtifactError: two prompts of one name.
+        """
+        owners: dict[str, str] = {}
+        for bank in banks:
+            for entry in bank.entries:
+                name = str(entry["prompt_id"])
+                if name in owners:
+                    raise ArtifactError(f"{owners[name]} and {bank.source} both have a prompt named {name!r}; use one of them.")
+                owners[name] = bank.source
+        return cls(
+            tuple(prompt for bank in banks for prompt in bank.prompts),
+            tuple(entry for bank in banks for entry in bank.entries),
+            ", ".join(bank.source for bank in banks),
+        )
 
     @staticmethod
     def save(folder: Path | str, items: Iterable[tuple[SoftPrompt, Mapping[str, Any]]]) -> Path:

@@ -51,6 +51,15 @@ def test_frame_info_and_base_model_come_back(tmp_path, backbone):
     assert (folder / "manifest.jsonl").stat().st_size < 1000 < (folder / "bank.json").stat().st_size
 
 
+def test_banks_are_joined_in_their_order(folder, tmp_path):
+    more = Bank.load(Bank.save(tmp_path / "more", [(prompt(2), {"prompt_id": "p2"})]))
+    both = Bank.joined([Bank.load(folder), more])
+    assert [p.id for p in both.prompts] == [prompt(0).id, prompt(1, 5).id, prompt(2).id]
+    assert [e["prompt_id"] for e in both.entries] == [prompt(0).id, "p1", "p2"]
+    with pytest.raises(ArtifactError, match="both have a prompt named 'p2'"):
+        Bank.joined([more, both])
+
+
 def test_one_base_model_and_one_name_each(tmp_path, backbone):
     first, second = (
         SoftPrompt(prompt(i).embeddings, fingerprint=backbone(n).fingerprint) for i, n in ((0, "llama"), (1, "qwen2"))

@@ -68,6 +68,7 @@ def _train_arguments(commands: Any) -> None:
         """
   softverb translate train --bank banks/labels --kind labels --out translators/labels
   softverb translate train --bank banks/general --kind instructions --texts paraphrases.jsonl --out translators/general
+  softverb translate train --bank banks/labels --bank banks/more --kind labels --answers --out translators/both
   softverb translate train --bank banks/labels --kind labels --preset paper --out translators/paper
   softverb translate train --bank banks/labels --kind labels --out translators/dpo --start translators/labels \\
       --dpo inputs.jsonl
@@ -77,7 +78,13 @@ def _train_arguments(commands: Any) -> None:
 Run the same command again after an interruption: training goes on from its last checkpoint.
 """,
     )
-    p.add_argument("--bank", type=Path, required=True, help="folder of soft prompts whose manifest has labels or instructions")
+    p.add_argument(
+        "--bank",
+        type=Path,
+        required=True,
+        action="append",
+        help="folder of soft prompts whose manifest has labels or instructions; again, for more prompts",
+    )
     p.add_argument("--kind", choices=KINDS, required=True, help="what the translator learns to write")
     p.add_argument("--out", type=Path, required=True, help="folder of the translator (a PEFT LoRA adapter and translator.json)")
     p.add_argument("--preset", default="fixed", help="fixed (default) or paper")
@@ -156,7 +163,8 @@ def train(a: argparse.Namespace) -> int:
     from lm_eval_softverb.verbalizers.rerank import read_inputs
     from lm_eval_softverb.verbalizers.translator_data import read_texts
 
-    bank, texts = with_truth(Bank.load(a.bank), a.dod), read_texts(a.texts) if a.texts else None
+    bank = Bank.joined([with_truth(Bank.load(folder), a.dod) for folder in a.bank])
+    names, texts = ", ".join(folder.name for folder in a.bank), read_texts(a.texts) if a.texts else None
     if a.dpo:
         read_inputs(a.dpo)
 
@@ -179,10 +187,10 @@ def train(a: argparse.Namespace) -> int:
     if start is None:
         start = a.out / "supervised" if a.dpo else a.out
         made = train_translator(
-            backbone, bank, settings, start, texts=texts, info={"preset": a.preset, "bank": a.bank.name}, **options
+            backbone, bank, settings, start, texts=texts, info={"preset": a.preset, "bank": names}, **options
         )
     if preference:
-        made = train_preferences(backbone, bank, start, a.dpo, preference, a.out, info={"bank": a.bank.name}, **options)
+        made = train_preferences(backbone, bank, start, a.dpo, preference, a.out, info={"bank": names}, **options)
     if made is None or not processes.first:
         return 0
     loss, epoch, prompts = made.info["best_validation_loss"], made.info["best_epoch"], made.info["prompts"]
@@ -190,7 +198,7 @@ def train(a: argparse.Namespace) -> int:
         f"{made.id}: trained on {len(prompts['training'])} prompts, validation loss {loss:.4f} on {len(prompts['validation'])} "
         f"others after epoch {epoch}, in {a.out}"
     )
-    print(f"Score it: lm_eval --model translator --model_args pretrained={a.model},bank={a.bank},adapter={a.out} --tasks …")
+    print(f"Score it: lm_eval --model translator --model_args pretrained={a.model},bank={a.bank[0]},adapter={a.out} --tasks …")
     return 0
 
 

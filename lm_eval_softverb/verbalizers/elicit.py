@@ -68,7 +68,7 @@ class Elicit:
     method: ClassVar[str] = "elicit"
 
     inputs: str = ""
-    samples: int = 4
+    samples: int = 12
     answer_tokens: int = 8
     temperature: float = 1.0
     top_k: int = 50

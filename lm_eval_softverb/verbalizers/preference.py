@@ -27,8 +27,9 @@ from lm_eval_softverb.verbalizers.texts import verbalize_to
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
 from lm_eval_softverb.verbalizers.translator_config import PreferenceConfig
-from lm_eval_softverb.verbalizers.translator_data import Example, Heads, encode, heads, held_out, pairs_of, target_losses
+from lm_eval_softverb.verbalizers.translator_data import Example, Item, encode, held_out, pairs_of, target_losses
 from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
+from lm_eval_softverb.verbalizers.translator_heads import Heads, heads
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 from lm_eval_softverb.verbalizers.translator_training import facts, finish, finished_before, run_of
 
@@ -196,9 +197,8 @@ def _referenced(
     out = []
     with layers.on():
         for pair, best, worst in texts:
-            (chosen, rejected), _ = encode(
-                backbone, [(pair.prompt, best), (pair.prompt, worst)], before=before, max_tokens=most
-            )
+            items = [Item(pair.prompt, before[pair.prompt.id], text) for text in (best, worst)]
+            (chosen, rejected), _ = encode(backbone, items, max_tokens=most)
             reference = (-target_losses(backbone, [chosen, rejected])).tolist()
             out.append(Preference(chosen, rejected, (reference[0], reference[1])))
     return out

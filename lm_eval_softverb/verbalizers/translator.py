@@ -25,7 +25,7 @@ from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.bridge import Bridge
 from lm_eval_softverb.verbalizers.rerank import read_inputs, rerank
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter, shipped
-from lm_eval_softverb.verbalizers.translator_data import heads, plain_ids
+from lm_eval_softverb.verbalizers.translator_heads import heads, plain_ids
 from lm_eval_softverb.verbalizers.translator_lora import layers_of
 
 

@@ -76,7 +76,8 @@ class Between:
     Attributes:
         bos: BOS, as in the paper.
         words: behind it, such as "Labels:". Near the words that the prompt was tuned to stand before, reading is easier.
-        answers: between the two, what the frozen model answers under the prompt to neutral inputs (method ``elicit``).
+        answers: between the two, what the frozen model answers under the prompt to neutral inputs (method ``elicit``), each
+            with its share. In training they are drawn again from these shares in each epoch.
     """
 
     bos: bool = True
@@ -93,8 +94,9 @@ class TranslatorConfig(FitConfig):
         rank, alpha: of LoRA.
         bos, words, answers: what stands between a prompt's vectors and its text, see :class:`Between`.
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
-        label_order: of the labels in a text: shuffled anew in each epoch; given, as in the manifest (random in the paper); or
-            sorted by the alphabet, which a translator knows by heart sooner and reads new prompts worse with.
+        label_order: of the labels in a text: shuffled anew in each epoch (with ``answers``, those among them come first and in
+            their order, so that a text never depends on chance that the translator cannot see); given, as in the manifest
+            (random in the paper); or sorted, which a translator knows by heart sooner and reads new prompts worse with.
         noise: added to a prompt's vectors, anew in each epoch, in shares of their root mean square. A few hundred prompts are
             soon known by heart; noise keeps a translator from telling them apart by details that mean nothing.
         originals: where a prompt has paraphrases, train on its own text, too.

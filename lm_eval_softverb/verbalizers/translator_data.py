@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
@@ -19,9 +18,9 @@ from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.verbalizers import MAX_NEW_TOKENS, Kind
-from lm_eval_softverb.verbalizers.elicit import Elicit
-from lm_eval_softverb.verbalizers.translator_config import Between, LabelOrder, TranslatorConfig
+from lm_eval_softverb.verbalizers import Kind
+from lm_eval_softverb.verbalizers.translator_config import LabelOrder, TranslatorConfig
+from lm_eval_softverb.verbalizers.translator_heads import Head, Heads, plain_ids
 
 
 @dataclass(frozen=True)
@@ -130,89 +129,41 @@ def _meaning(pair: Pair) -> tuple[str, ...]:
     return tuple(sorted(pair.labels)) or (pair.text,)
 
 
-def ordered(pair: Pair, order: LabelOrder) -> str:
-    """The text of a pair with its labels sorted if that is the order, else as it is in the manifest."""
-    return ", ".join(sorted(pair.labels, key=str.casefold)) if order == "sorted" and pair.labels else pair.text
+@dataclass(frozen=True)
+class Item:
+    """A text to learn and what it stands behind."""
+
+    prompt: SoftPrompt
+    head: Head
+    text: str
 
 
-def epoch_texts(pairs: Sequence[Pair], config: TranslatorConfig, epoch: int) -> list[tuple[Pair, str]]:
-    """What one epoch trains on, in its order; both depend on the seed and the epoch only."""
-    stream, out = random.Random(f"{config.seed}/{epoch}"), []
+def fixed_items(pairs: Iterable[Pair], before: Heads, order: LabelOrder) -> list[Item]:
+    """The same every time, for validation: labels sorted if that is the order; if it is shuffled, those among the prompt's
+    answers first; all else as in the manifest.
+    """
+    out = []
     for pair in pairs:
-        own = ordered(pair, config.label_order)
-        if config.label_order == "shuffled" and pair.labels:
-            own = ", ".join(stream.sample(pair.labels, len(pair.labels)))
-        originals = [own] if config.originals or not pair.paraphrases else []
-        out += [(pair, text) for text in (*originals, *pair.paraphrases)]
-    stream.shuffle(out)
+        head, text = before[pair.prompt.id], pair.text
+        if pair.labels and order == "sorted":
+            text = ", ".join(sorted(pair.labels, key=str.casefold))
+        elif pair.labels and order == "shuffled":
+            text = ", ".join(head.first(pair.labels))
+        out.append(Item(pair.prompt, head, text))
     return out
 
 
-@dataclass(frozen=True)
-class Head:
-    """What stands between a prompt's vectors and its text: ids, the prompt's own answers, ids.
-
-    Attributes:
-        answers: the most frequent first; None where there are to be none.
-    """
-
-    start: tuple[int, ...]
-    answers: tuple[str, ...] | None
-    end: tuple[int, ...]
-
-    def ids(self, backbone: Backbone, stream: random.Random | None = None) -> list[int]:
-        """All of it, with the answers in another order where there is a ``stream`` of random numbers."""
-        if self.answers is None:
-            return [*self.start, *self.end]
-        order = stream.sample(self.answers, len(self.answers)) if stream else self.answers
-        return [*self.start, *plain_ids(backbone, f"Answers: {', '.join(order)}\n"), *self.end]
-
-
-Heads = Mapping[str, Head]
-"""By the prompt's id."""
-TOGETHER = 16
-"""Prompts whose answers are drawn together."""
-
-
-def heads(
-    backbone: Backbone,
-    prompts: Iterable[SoftPrompt],
-    between: Between,
-    kind: Kind,
-    *,
-    prefill: str = "",
-    progress: bool = False,
-) -> Heads:
-    """What stands between each prompt's vectors and its text, and behind it a given beginning of the text.
-
-    Without the LoRA layers in the model: the answers in it are the frozen model's.
-
-    Raises:
-        ConfigError: BOS is asked for and the tokenizer has none; or as for ``elicit``.
-    """
-    own, different = backbone.tokenizer.bos_token_id, list({p.id: p for p in prompts}.values())
-    if between.bos and own is None:
-        raise ConfigError(f"The tokenizer of {backbone.name} has no BOS to put between prompt and text; train with bos=false.")
-    start = (own,) if between.bos else ()
-    end = (*plain_ids(backbone, between.words), *plain_ids(backbone, prefill))
-    found = {prompt.id: Head(start, None, end) for prompt in different}
-    if not between.answers:
-        return found
-    with tqdm(total=len(different), desc="answers", unit="prompt", disable=not progress) as bar:
-        for first in range(0, len(different), TOGETHER):
-            part = different[first : first + TOGETHER]
-            texts = Elicit().verbalize(backbone, part, kind=kind, max_new_tokens=MAX_NEW_TOKENS[kind])
-            for prompt, [text] in zip(part, texts, strict=True):
-                kept = list(text.details["answers"])[: text.details["kept"]]
-                found[prompt.id] = Head(start, tuple(kept), end)
-            bar.update(len(part))
-    return found
-
-
-def plain_ids(backbone: Backbone, text: str) -> list[int]:
-    """Ids of a text; what looks like a special token in it is only text."""
-    ids = backbone.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
-    return list(ids)
+def epoch_items(pairs: Sequence[Pair], before: Heads, config: TranslatorConfig, epoch: int) -> list[Item]:
+    """What one epoch trains on, in its order; all of it depends on the seed and the epoch only."""
+    stream, out = random.Random(f"{config.seed}/{epoch}"), []
+    for pair, fixed in zip(pairs, fixed_items(pairs, before, config.label_order), strict=True):
+        head, own = fixed.head.redrawn(stream), fixed.text
+        if config.label_order == "shuffled" and pair.labels:
+            own = ", ".join(head.first(stream.sample(pair.labels, len(pair.labels))))
+        originals = [own] if config.originals or not pair.paraphrases else []
+        out += [Item(pair.prompt, head, text) for text in (*originals, *pair.paraphrases)]
+    stream.shuffle(out)
+    return out
 
 
 def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[int, ...], bool]:
@@ -228,25 +179,13 @@ def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[in
     return (*ids[:max_tokens], eos), len(ids) > max_tokens
 
 
-def encode(
-    backbone: Backbone,
-    items: Iterable[tuple[SoftPrompt, str]],
-    *,
-    before: Heads,
-    max_tokens: int,
-    stream: random.Random | None = None,
-) -> tuple[list[Example], int]:
-    """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut.
-
-    Args:
-        stream: for the order of the prompts' own answers; None keeps the most frequent first.
-    """
+def encode(backbone: Backbone, items: Iterable[Item], *, max_tokens: int) -> tuple[list[Example], int]:
+    """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut."""
     examples, cut = [], 0
-    for prompt, text in items:
-        target, too_long = target_ids(backbone, text, max_tokens)
-        examples.append(
-            Example(prompt.embeddings, (*virtual_ids(0, prompt.n), *before[prompt.id].ids(backbone, stream)), target)
-        )
+    for item in items:
+        target, too_long = target_ids(backbone, item.text, max_tokens)
+        context = (*virtual_ids(0, item.prompt.n), *item.head.ids(backbone))
+        examples.append(Example(item.prompt.embeddings, context, target))
         cut += too_long
     longest = max((len(e.ids) for e in examples), default=0)
     backbone.check_room(longest, "Lower max_tokens, or use prompts of fewer virtual tokens.")

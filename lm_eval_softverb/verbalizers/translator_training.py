@@ -6,7 +6,6 @@ put behind every text after it was cut, so that the last supervised token of eac
 
 from __future__ import annotations
 
-import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,19 +23,19 @@ from lm_eval_softverb.verbalizers.translator_adapter import SIDECAR, TranslatorA
 from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
 from lm_eval_softverb.verbalizers.translator_data import (
     Example,
-    Heads,
+    Item,
     Pair,
     data_sha256,
     encode,
-    epoch_texts,
-    heads,
+    epoch_items,
+    fixed_items,
     held_out,
     noisy,
-    ordered,
     pairs_of,
     target_losses,
 )
 from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
+from lm_eval_softverb.verbalizers.translator_heads import Heads, heads
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
 
@@ -52,12 +51,11 @@ class Translation:
         before: Heads,
     ) -> None:
         self.backbone, self.config, self.training, self.before = backbone, config, training, before
-        self.held_out, cut = self._encode([(p, ordered(p, config.label_order)) for p in validation])
-        self.cut = cut + self._encode(epoch_texts(training, config, 0))[1]
+        self.held_out, cut = self._encode(fixed_items(validation, before, config.label_order))
+        self.cut = cut + self._encode(epoch_items(training, before, config, 0))[1]
 
     def epoch(self, number: int) -> list[Example]:
-        stream = random.Random(f"{self.config.seed}/{number}/answers")
-        examples = self._encode(epoch_texts(self.training, self.config, number), stream)[0]
+        examples, _ = self._encode(epoch_items(self.training, self.before, self.config, number))
         return noisy(examples, self.config.noise, f"{self.config.seed}/{number}") if self.config.noise else examples
 
     def validation(self) -> list[Example]:
@@ -72,9 +70,8 @@ class Translation:
     def length(self, example: Example) -> int:
         return len(example.ids)
 
-    def _encode(self, items: Sequence[tuple[Pair, str]], stream: random.Random | None = None) -> tuple[list[Example], int]:
-        prompts = [(pair.prompt, text) for pair, text in items]
-        return encode(self.backbone, prompts, before=self.before, max_tokens=self.config.max_tokens, stream=stream)
+    def _encode(self, items: Sequence[Item]) -> tuple[list[Example], int]:
+        return encode(self.backbone, items, max_tokens=self.config.max_tokens)
 
 
 def train_translator(

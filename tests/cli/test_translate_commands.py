@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from toy_translators import toy_bank
+from toy_translators import toy_bank, toy_prompt
 from toys import FakeDod
 
 from lm_eval_softverb import cli
@@ -35,6 +35,15 @@ def no_model(monkeypatch):
 
 def on(tiny):
     return ["--model", tiny("llama"), "--device", "cpu", "--dtype", "float32", "--quiet"]
+
+
+def test_train_on_two_banks(bank, backbone, tiny, tmp_path):
+    entry = {"prompt_id": "q", "split": "train", "labels": ["a", "b"]}
+    more = Bank.save(tmp_path / "more", [(toy_prompt(backbone("llama"), 9), entry)])
+    command = ["translate", "train", "--bank", bank.source, "--bank", str(more), "--kind", "labels", "--epochs", "1", *on(tiny)]
+    assert cli.main([*command, "--out", str(tmp_path / "t")]) == 0
+    made = TranslatorAdapter.load(tmp_path / "t")
+    assert sum(map(len, made.info["prompts"].values())) == len(bank.prompts) + 1 and made.info["bank"] == "bank, more"
 
 
 def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):

@@ -9,7 +9,8 @@ from toys import BOS, EOS
 
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.verbalizers.translator_config import config
-from lm_eval_softverb.verbalizers.translator_data import epoch_texts, held_out, pairs_of
+from lm_eval_softverb.verbalizers.translator_data import epoch_items, held_out, pairs_of
+from lm_eval_softverb.verbalizers.translator_heads import heads
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 from lm_eval_softverb.verbalizers.translator_training import train_translator
 
@@ -33,18 +34,19 @@ def plain(model_folder, pairs, c, initial):
     training, validation = held_out(pairs, c.validation, c.seed)
     optimiser = torch.optim.AdamW(list(weights.values()), lr=c.learning_rate, weight_decay=c.weight_decay)
 
-    def nll(pair, text):
+    def nll(prompt, text):
         target = [*b.tokenizer.encode(text, add_special_tokens=False), EOS]
         real = b.embedding(torch.tensor([[BOS, *target[:-1]]]))
-        logits = model(inputs_embeds=torch.cat([pair.prompt.embeddings[None].double(), real], dim=1)).logits[0]
+        logits = model(inputs_embeds=torch.cat([prompt.embeddings[None].double(), real], dim=1)).logits[0]
         scores = logits[-len(target) :].log_softmax(-1)
         return -scores[range(len(target)), target].sum(), len(target)
 
+    before = heads(b, [p.prompt for p in training], c.between, c.kind)
     step, losses, total = 0, [], 3 * -(-len(training) // c.batch_size)
     for epoch in range(c.epochs):
-        order = epoch_texts(training, c, epoch)
+        order = epoch_items(training, before, c, epoch)
         for start in range(0, len(order), c.batch_size):
-            found = [nll(p, text) for p, text in order[start : start + c.batch_size]]
+            found = [nll(item.prompt, item.text) for item in order[start : start + c.batch_size]]
             optimiser.zero_grad()
             (sum(x for x, _ in found) / sum(n for _, n in found)).backward()
             torch.nn.utils.clip_grad_norm_(list(weights.values()), c.max_grad_norm)
@@ -53,7 +55,7 @@ def plain(model_folder, pairs, c, initial):
             optimiser.step()
             step += 1
         with torch.no_grad():
-            found = [nll(p, p.text) for p in validation]
+            found = [nll(p.prompt, p.text) for p in validation]
         losses.append(float(sum(x for x, _ in found)) / sum(n for _, n in found))
     return weights, losses
 

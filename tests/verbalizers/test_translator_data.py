@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 import torch
@@ -13,21 +12,19 @@ from toys import BOS, EOS
 from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.verbalizers import translator_data
-from lm_eval_softverb.verbalizers.base import Verbalization
-from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_data import (
-    Head,
+    Item,
     Pair,
     encode,
-    epoch_texts,
-    heads,
+    epoch_items,
+    fixed_items,
     held_out,
     noisy,
-    ordered,
     pairs_of,
     target_losses,
 )
+from lm_eval_softverb.verbalizers.translator_heads import Head, heads
 from lm_eval_softverb.verbalizers.translator_training import Translation
 
 
@@ -37,7 +34,12 @@ def bank(backbone, tmp_path):
 
 
 def encoded(b, items, between, most):
-    return encode(b, items, before=heads(b, [prompt for prompt, _ in items], between, "labels"), max_tokens=most)
+    before = heads(b, [prompt for prompt, _ in items], between, "labels")
+    return encode(b, [Item(prompt, before[prompt.id], text) for prompt, text in items], max_tokens=most)
+
+
+def texts_of(pairs, settings, epoch):
+    return sorted(item.text for item in epoch_items(pairs, PlainHeads(), settings, epoch))
 
 
 # --- what is supervised ----------------------------------------------------------------------------------------------
@@ -86,34 +88,6 @@ def test_the_model_reads_vectors_bos_text(backbone, monkeypatch):
     monkeypatch.setattr(b.tokenizer, "_special_tokens_map", {**b.tokenizer._special_tokens_map, "eos_token": None})
     with pytest.raises(ConfigError, match="no EOS"):
         encoded(b, [(prompt, "no")], Between(bos=False), 9)
-
-
-def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, monkeypatch):
-    b, asked = backbone("llama"), []
-    prompts = [toy_prompt(b, i, n=2) for i in range(3)]
-
-    def verbalize(self, b, part, *, kind, max_new_tokens):
-        asked.append([p.id for p in part])
-        answers = {f"answer {prompts.index(p)}": 0.5 for p in part}
-        return [[Verbalization("", details={"answers": {a: 0.5, "b": 0.4, "c": 0.1}, "kept": 2})] for a in answers]
-
-    monkeypatch.setattr(Elicit, "verbalize", verbalize)
-    monkeypatch.setattr(translator_data, "TOGETHER", 2)
-    items = [(p, "no") for p in (*prompts, prompts[0])]
-    examples, _ = encoded(b, items, Between(words="Labels:", answers=True), 9)
-    assert asked == [[prompts[0].id, prompts[1].id], [prompts[2].id]]  # once for each prompt
-    for i, example in enumerate(examples):
-        own = [b.tokenizer.encode(t, add_special_tokens=False) for t in (f"Answers: answer {i % 3}, b\n", "Labels:")]
-        assert example.context == (-1, -2, BOS, *own[0], *own[1])
-
-
-def test_answers_come_in_another_order_when_learning(backbone):
-    b = backbone("llama")
-    head = Head((BOS,), ("red", "blue", "green"), (7,))
-    assert head.ids(b) == [BOS, *b.tokenizer.encode("Answers: red, blue, green\n", add_special_tokens=False), 7]
-    orders = {tuple(head.ids(b, random.Random(i))) for i in range(20)}
-    assert len(orders) == 6 and all(x[0] == BOS and x[-1] == 7 for x in orders)
-    assert Head((BOS,), None, (7,)).ids(b, random.Random(0)) == [BOS, 7]
 
 
 class PlainHeads(dict):
@@ -171,16 +145,17 @@ def test_labels_come_sorted_as_given_or_in_another_order_each_epoch(bank):
     pairs, counts = pairs_of(bank, "labels")
     assert [p.text for p in pairs] == [", ".join(s) for s in SETS]
     assert counts == {"other_split": 0, "without_text": 0, "paraphrased": 0, "texts_unused": 0}
-    fixed = [sorted(t for _, t in epoch_texts(pairs, config("paper"), e)) for e in range(4)]
+    fixed = [texts_of(pairs, config("paper"), e) for e in range(4)]
     assert fixed == [sorted(", ".join(s) for s in SETS)] * 4
-    alphabetic = [sorted(t for _, t in epoch_texts(pairs, config(label_order="sorted"), e)) for e in range(4)]
+    alphabetic = [texts_of(pairs, config(label_order="sorted"), e) for e in range(4)]
     assert alphabetic == [sorted(", ".join(sorted(s)) for s in SETS)] * 4
-    assert ordered(Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b")), "sorted") == "a, b, Zoo"
+    [item] = fixed_items([Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b"))], PlainHeads(), "sorted")
+    assert item.text == "a, b, Zoo"
     free = config()
-    shuffled = [sorted(t for _, t in epoch_texts(pairs, free, e)) for e in range(4)]
+    shuffled = [texts_of(pairs, free, e) for e in range(4)]
     assert len({tuple(x) for x in shuffled}) > 2
     assert {frozenset(t.split(", ")) for t in shuffled[0]} == {frozenset(s) for s in SETS}
-    assert epoch_texts(pairs, free, 1) == epoch_texts(pairs, free, 1)
+    assert epoch_items(pairs, PlainHeads(), free, 1) == epoch_items(pairs, PlainHeads(), free, 1)
 
 
 def test_paraphrases_by_prompt_or_task(bank, tmp_path):
@@ -193,9 +168,9 @@ def test_paraphrases_by_prompt_or_task(bank, tmp_path):
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     pairs, counts = pairs_of(bank, "instructions", texts=translator_data.read_texts(path))
     assert counts["paraphrased"] == 2 and counts["texts_unused"] == 1
-    both = sorted(t for _, t in epoch_texts(pairs[:2], config(kind="instructions"), 0))
+    both = texts_of(pairs[:2], config(kind="instructions"), 0)
     assert both == ["Choose.", "Judge.", "Pick.", "Say good or dull.", "Say red or blue."]
-    paper = sorted(t for _, t in epoch_texts(pairs[:3], config("paper", kind="instructions"), 0))
+    paper = texts_of(pairs[:3], config("paper", kind="instructions"), 0)
     assert paper == ["Choose.", "Judge.", "Pick.", "Say yes or no."]  # its own text only where there is no other
     path.write_text('{"task": "t0", "text": 3}\n')
     with pytest.raises(DataError, match=r"texts\.jsonl:1"):

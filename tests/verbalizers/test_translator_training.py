@@ -56,7 +56,7 @@ def test_instructions(backbone, tmp_path, bank):
 
 
 def test_with_the_prompts_own_answers_in_front(tiny, tmp_path, monkeypatch):
-    """They are the frozen model's, and the same when learning and when reading."""
+    """They are the frozen model's, and the same when learning and when reading, also where they are not kept."""
     from peft.tuners.lora import LoraLayer
 
     b = Backbone.load(tiny("llama", window=256), dtype="float32", device="cpu")
@@ -64,13 +64,15 @@ def test_with_the_prompts_own_answers_in_front(tiny, tmp_path, monkeypatch):
 
     def answers(self, b, prompts, kind):
         assert not any(isinstance(m, LoraLayer) for m in b.model.modules())
-        seen.append(dict(zip([p.id for p in prompts], real(self, b, prompts, kind), strict=True)))
-        return [seen[-1][p.id] for p in prompts]
+        seen.append({p.id: found for p, found in zip(prompts, real(self, b, prompts, kind), strict=True)})
+        return [{next(iter(seen[-1][p.id])): 1.0} for p in prompts]  # a share of 1 stays 1 when it is drawn again
 
     monkeypatch.setattr(Elicit, "answers", answers)
+    monkeypatch.setenv("SOFTVERB_CACHE", str(tmp_path / "first"))
     made = overfit(b, bank, tmp_path / "t", answers=True)
     prompts, entries = learnt(made, bank)
     translator = Translator(adapter=str(tmp_path / "t"))
+    monkeypatch.setenv("SOFTVERB_CACHE", str(tmp_path / "second"))
     found = translator.verbalize(b, prompts, kind="labels", max_new_tokens=20)
     assert [v.text for [v] in found] == [", ".join(e["labels"]) for e in entries]
     assert all(seen[0][p.id] == seen[1][p.id] for p in prompts)
