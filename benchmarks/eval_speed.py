@@ -98,7 +98,7 @@ def make_prompt(n: int, folder: Path) -> Path:
     from lm_eval_softverb.backbone import Backbone
     from lm_eval_softverb.prompt import SoftPrompt
     from lm_eval_softverb.tuners.config import SoftConfig
-    from lm_eval_softverb.tuners.soft import initial_rows
+    from lm_eval_softverb.tuners.training import initial_rows
 
     backbone = Backbone.load("smollm2-135m", dtype="float32")
     return SoftPrompt(initial_rows(backbone, SoftConfig(tokens=n)), fingerprint=backbone.fingerprint).save(folder)

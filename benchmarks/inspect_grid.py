@@ -101,8 +101,8 @@ def case(a: argparse.Namespace, prompt: SoftPrompt, dtype: str) -> dict[str, Any
 def peer(name: str, backbone: Backbone, prompt: SoftPrompt, pair: Pair, new: int) -> str:
     if name == "cached":
         slow = Inspect(mode="sequential")
-        return slow.grid(backbone, [prompt], kind="labels", max_new_tokens=new, pairs=[pair])[0][pair]
-    return uncached(backbone, prompt, pair, new)
+        return str(slow.grid(backbone, [prompt], kind="labels", max_new_tokens=new, pairs=[pair])[0][pair])
+    return str(uncached(backbone, prompt, pair, new))
 
 
 @torch.no_grad()

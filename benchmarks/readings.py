@@ -11,14 +11,19 @@ An experiment is a JSON file:
               "short": {"model": "translator", "translator": "full", "gen": "max_gen_toks=10"},
               "InSPEcT, tuned": {"model": "inspect", "selected": true}}}
 
-``train`` are arguments of ``softverb translate train`` (``bank`` beside it: learn from another bank), ``select`` those of
-``softverb select``, ``args`` model arguments of the harness. Each seed of a translator is one training, each arm and seed one
-``lm_eval`` run in a process of its own; what is there already is not done again, so a run that was stopped goes on.
+``train`` are arguments of ``softverb translate train`` (``bank`` beside it: learn from another bank; ``from`` instead of it:
+the translator of this name in that experiment), ``select`` those of ``softverb select``, ``args`` model arguments of the
+harness. ``"split": "all"`` reads all prompts of the bank and not only its test split. With ``"inputs": {"dod": …, "most": 8}``
+the unlabelled inputs of its tasks are there for arms with ``"rerank": true`` and translators with ``"dpo": NAME``, the
+translator to start from. Each seed of a translator is one training, each arm and seed one ``lm_eval`` run in a process of its
+own (``seeds`` of an arm: fewer of them; model ``replay``: another task's ground truth as each prompt's text); what is there
+already is not done again, so a run that was stopped goes on.
 
 The table has the mean over test prompts with its 95 % interval (scores of the seeds are averaged prompt by prompt first, and
 half the range over seeds stands beside it), the share of texts that ended by themselves, and a star where the paired
 difference to the baseline is significant (``table.json`` has it all). With ``"correlate": "accuracy"`` also Spearman's rank
-correlation of the prompts' held-out accuracy with the first metric. All texts stay in OUT, with the harness's own results.
+correlation of the prompts' held-out accuracy with the first metric. ``texts.md`` shows what every arm said of each prompt. All
+texts stay in OUT, with the harness's own results.
 """
 
 from __future__ import annotations
@@ -57,15 +62,24 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if any(arm.get("selected") for arm in experiment["arms"].values()):
         run("select", ["softverb", "select", *source(experiment, a), *experiment.get("select", []), "--out", out / "selection"])
+    if given := experiment.get("inputs"):
+        own = ["--dod", given["dod"], "--bank", experiment["bank"], "--most", given.get("most", 8), "--out", inputs(out)]
+        if not inputs(out).exists():
+            run("inputs", ["softverb", "translate", "inputs", *own])
     for name, translator in experiment.get("translators", {}).items():
+        if "from" in translator:
+            continue
         for seed in seeds_of(translator):
-            path = adapter(out, name, seed)
+            path = adapter(experiment, out, name, seed)
             own = source({**experiment, **translator}, a)
             more = [*translator.get("train", []), "--seed", seed, "--out", path]
+            if "dpo" in translator:
+                more += ["--dpo", inputs(out), "--start", adapter(experiment, out, translator["dpo"], seed)]
             if not (path / "translator.json").exists():
                 run(f"{name}, seed {seed}", ["softverb", "translate", "train", *own, *a.train, *more, "--quiet"])
     runs = {name: scored(name, arm, experiment, out, a) for name, arm in experiment["arms"].items()}
     table(runs, experiment, out)
+    texts(runs, experiment, out)
     if field := experiment.get("correlate"):
         correlations(runs, experiment, field, out)
 
@@ -78,13 +92,18 @@ def seeds_of(translator: Mapping[str, Any]) -> list[int]:
     return list(translator.get("seeds", [0]))
 
 
-def adapter(out: Path, name: str, seed: int) -> Path:
-    return out / "translators" / f"{name}-{seed}"
+def adapter(experiment: Mapping[str, Any], out: Path, name: str, seed: int) -> Path:
+    other = experiment["translators"][name].get("from")
+    return (out.parent / other if other else out) / "translators" / f"{name}-{seed}"
+
+
+def inputs(out: Path) -> Path:
+    return out / "inputs.jsonl"
 
 
 def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out: Path, a: argparse.Namespace) -> list[Run]:
     """One run per seed of the arm's translator, or one."""
-    seeds = seeds_of(experiment["translators"][arm["translator"]]) if "translator" in arm else [0]
+    seeds = arm.get("seeds") or (seeds_of(experiment["translators"][arm["translator"]]) if "translator" in arm else [0])
     found = []
     for seed in seeds:
         folder = out / "runs" / f"{name}-{seed}"
@@ -94,13 +113,22 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
         except ArtifactError:  # not there yet
             pass
         given = {"bank": experiment["bank"], "dtype": a.dtype, **arm.get("args", {})}
+        if arm["model"] == "replay":
+            file = out / "other.jsonl"
+            if not file.exists():
+                own = ["--bank", experiment["bank"], *(["--dod", a.dod] if a.dod else [])]
+                run(name, ["softverb", "dod", "texts", *own, "--other", "--out", file])
+            given = {"file": file}
         if "translator" in arm:
-            given["adapter"] = adapter(out, arm["translator"], seed)
+            given["adapter"] = adapter(experiment, out, arm["translator"], seed)
+        if arm.get("rerank"):
+            given["rerank"] = inputs(out)
         if arm.get("selected"):
             given["selection"] = out / "selection" / "selection.json"
         command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
         command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
-        command += ["--batch_size", "16", *(["--metadata", json.dumps({"dod": a.dod})] if a.dod else [])]
+        facts = {"bank": experiment["bank"], "dod": a.dod, "split": experiment.get("split")}
+        command += ["--batch_size", "16", "--metadata", json.dumps({key: value for key, value in facts.items() if value})]
         command += ["--gen_kwargs", arm["gen"]] if "gen" in arm else []
         run(name, [*command, "--output_path", folder, "--log_samples"])
         found.append(read_run(folder, name))
@@ -170,7 +198,7 @@ def per_prompt(runs: Sequence[Run], kind: str) -> dict[str, dict[str, float]]:
 
 def stopped(runs: Sequence[Run]) -> float | None:
     """Share of texts that EOS ended; None where the method does not say."""
-    cut = [a["cut"] for r in runs for a in r.config["verbalizer"]["answers"].values() if "cut" in a]
+    cut = [a["cut"] for r in runs for a in r.config.get("verbalizer", {}).get("answers", {}).values() if "cut" in a]
     return 1 - statistics.mean(cut) if cut else None
 
 
@@ -179,6 +207,21 @@ def shown(cell: Mapping[str, Any]) -> str:
     if len(cell["seeds"]) > 1:
         text += f" ± {(max(cell['seeds']) - min(cell['seeds'])) / 2:.3f}"
     return text + (" *" if cell.get("p_holm", 1) < 0.05 else "")
+
+
+def texts(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out: Path) -> None:
+    """``texts.md``: the first seed's text of every prompt, with its recall and F1, or ROUGE-L."""
+    kind, parts = experiment["kind"], []
+    shown_scores = ("recall", "f1") if kind == "labels" else ("rouge_l",)
+    first = {name: {s["doc"]["prompt_id"]: s for s in samples(found[0], kind)} for name, found in runs.items()}
+    for name, sample in next(iter(first.values())).items():
+        parts += [f"\n## {name}\n", f"{sample['doc']['target']}\n", f"| arm | {' | '.join(shown_scores)} | text |"]
+        parts.append("|---" * (len(shown_scores) + 2) + "|")
+        for arm, own in first.items():
+            [text] = own[name]["filtered_resps"]
+            cells = [f"{own[name][score]:.2f}" for score in shown_scores]
+            parts.append("| " + " | ".join([arm, *cells, " ".join(text.split()).replace("|", "\\|")]) + " |")
+    storage.write_text(out / "texts.md", "\n".join(parts) + "\n")
 
 
 def correlations(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], field: str, out: Path) -> None:
@@ -207,8 +250,13 @@ def rho(pairs: np.ndarray) -> float:
 
 def prompt_names(found: Run, kind: str) -> dict[str, str]:
     """Document → its prompt."""
+    return {f"{s['doc_hash']}/{s['doc_id']}": s["doc"]["prompt_id"] for s in samples(found, kind)}
+
+
+def samples(found: Run, kind: str) -> list[dict[str, Any]]:
+    """What the harness logged."""
     [file] = sorted(Path(found.source).parent.glob(f"samples_verbalize_{kind}_*.jsonl"))[-1:]
-    return {f"{s['doc_hash']}/{s['doc_id']}": s["doc"]["prompt_id"] for _, s in storage.read_jsonl(file)}
+    return [line for _, line in storage.read_jsonl(file)]
 
 
 def arguments() -> argparse.Namespace:

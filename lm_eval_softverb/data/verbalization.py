@@ -53,7 +53,7 @@ def load(
         peft: one soft prompt, which has no ground truth; only for the error.
         dod: where the DoD of the bank is on this machine, if its manifest names another place.
         open_: opens a DoD.
-        split: the entries to take; by default ``test`` where there is such an entry, else all.
+        split: the entries to take, or ``all``; by default ``test`` where there is such an entry, else all.
 
     Returns:
         ``test``, with ``prompt_id``, ``task`` ("" where there is none), ``kind`` (the target), ``target`` (the ground truth as
@@ -75,7 +75,7 @@ def load(
         )
     manifest = manifest_of(Path(str(bank)).expanduser())
     docs, splits = _read(manifest, target, _Truth(str(dod) if dod else None, open_))
-    wanted = str(split) if split is not None else "test" if "test" in splits else None
+    wanted = None if split == "all" else str(split) if split is not None else "test" if "test" in splits else None
     chosen = [doc for doc, own in zip(docs, splits, strict=True) if wanted in (None, own)]
     if not chosen:
         counts = {own or "no split": splits.count(own) for own in dict.fromkeys(splits)}

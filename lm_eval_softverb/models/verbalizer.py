@@ -45,7 +45,7 @@ class VerbalizerLM(LM):
         control: ``random`` reads random vectors of the prompts' norms instead of the prompts.
         control_seed: of these vectors.
         prompt_field: name of the document field with the prompt's name.
-        split: entries of the bank to score; read by the tasks.
+        split: entries of the bank to score, or ``all``; read by the tasks.
         force: read prompts with another base model than they were trained on; the results record it.
         settings: of the method, such as ``source_layer`` or ``samples``; see ``softverb verbalize --help``.
     """

@@ -59,6 +59,7 @@ def test_instructions_have_no_labels(write):
 
 def test_a_split_is_chosen_and_without_test_entries_all_are_taken(write):
     assert [d["prompt_id"] for d in docs("labels", bank=write(ROWS), split="train")] == ["p0"]
+    assert [d["prompt_id"] for d in docs("labels", bank=write(ROWS), split="all")] == ["p0", "p1", "p3"]
     assert [d["prompt_id"] for d in docs("instructions", bank=write(ROWS[:3]))] == ["p2"]
     assert [d["prompt_id"] for d in docs("labels", bank=write([ROWS[0], {**ROWS[3], "split": "validation"}]))] == ["p0", "p3"]
 
