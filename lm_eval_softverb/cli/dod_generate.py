@@ -1,6 +1,6 @@
-"""``softverb dod generate`` and ``softverb dod paraphrase``: arguments, and what they do.
+"""``softverb dod generate``, ``paraphrase`` and ``recombine``: arguments, and what they do.
 
-``add_generate(group)`` and ``add_paraphrase(group)`` put one command each into the group of ``softverb dod``.
+Each ``add_…(group)`` puts one command into the group of ``softverb dod``.
 """
 
 from __future__ import annotations
@@ -95,6 +95,41 @@ Definitions of test tasks are never paraphrased. Run the same command again afte
     p.add_argument("--attempts", type=int, help="requests for a missing paraphrase (default: 3)")
     p.add_argument("--seed", type=int, help="of samples (default: 0)")
     _backend_arguments(p)
+
+
+def add_recombine(group: Any) -> None:
+    p = _command(
+        group,
+        "recombine",
+        recombine,
+        "Make label sets that are not related out of the labels and sentences of another classification DoD.",
+        """
+  softverb dod recombine --dod classification:tight --sets 200 --out loose.sqlite
+  softverb bank --dod classification:loose.sqlite --out banks/loose
+
+Labels of training sets come together with those of training sets only. No model is asked; the same seed makes the same file.
+""",
+    )
+    p.add_argument("--dod", default="classification:tight", help="classification:NAME or :FILE (default: %(default)s)")
+    p.add_argument("--out", type=Path, required=True, help="SQLite file with the tables datasets, keywords, sentences")
+    p.add_argument("--sets", type=int, help="label sets to make (default: 200)")
+    p.add_argument("--labels", type=int, help="labels per set (default: 5)")
+    p.add_argument("--sentences", type=int, help="sentences per label (default: 20)")
+    p.add_argument("--seed", type=int, help="of who comes together, and of the sentences (default: 0)")
+
+
+def recombine(a: argparse.Namespace) -> int:
+    from lm_eval_softverb.data.dod.classification import ClassificationDod
+    from lm_eval_softverb.data.dod.opening import open_dod
+    from lm_eval_softverb.generators.recombine import Recombination
+    from lm_eval_softverb.generators.recombine import recombine as make
+
+    config, dod = Recombination(**_given(a, Recombination)), open_dod(a.dod)
+    if not isinstance(dod, ClassificationDod):
+        raise ConfigError(f"--dod is {a.dod!r}, which has no label sets; expected classification:NAME or classification:FILE.")
+    counts = make(dod, a.out, config)
+    print(f"{a.out}: " + ", ".join(f"{n} label sets to {'train' if s == 'train' else 'test'} on" for s, n in counts.items()))
+    return 0
 
 
 def generate(a: argparse.Namespace) -> int:

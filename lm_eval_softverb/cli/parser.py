@@ -21,4 +21,5 @@ def parser() -> argparse.ArgumentParser:
     dod_general.add_arguments(dod)
     dod_generate.add_generate(dod)
     dod_generate.add_paraphrase(dod)
+    dod_generate.add_recombine(dod)
     return root

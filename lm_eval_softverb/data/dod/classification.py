@@ -116,7 +116,7 @@ class ClassificationDod:
         for number, labels in found.items():
             name = f"labels_{number:05d}"
             sets[name] = {label: _hold_out(name, label, s, reading) for label, s in labels.items()}
-            splits[name] = "test" if _share(f"dataset {number}") < reading.test_share else "train"
+            splits[name] = split_of(number, reading.test_share)
         return cls(storage.sha256_json([digest, vars(reading)]), sets, reading, splits, {"path": str(path), "meta": meta})
 
     @classmethod
@@ -166,6 +166,11 @@ class ClassificationDod:
             "sha256": storage.sha256_json([labels, *map(_texts, parts)]),
         }
         return DodTask(name, self.splits[name], parts[0], parts[1], tuple(labels), info=info)
+
+
+def split_of(number: int, test_share: float = Reading.test_share) -> str:
+    """Split of the label set with this number, in every file."""
+    return "test" if _share(f"dataset {number}") < test_share else "train"
 
 
 def to_row(sentence: str, label: str) -> Row:
