@@ -18,10 +18,12 @@ from lm_eval_softverb.verbalizers import Kind
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between
 
-ASKED = Elicit()
-"""How the answers are drawn."""
-MIN_SHARE = 0.01
-"""Rarer answers are not shown: far less than a text of answers alone needs, since a translator can tell them apart."""
+ASKED: Mapping[Kind, Elicit] = {"labels": Elicit(), "instructions": Elicit(samples=4, answer_tokens=16)}
+"""How the answers are drawn. Of a free answer the form tells, so fewer and longer ones do."""
+MIN_SHARE: Mapping[Kind, float] = {"labels": 0.01, "instructions": 0.0}
+"""Rarer answers are not shown: of labels far less than a text of answers alone needs, since a translator can tell them apart;
+free answers come once each.
+"""
 MOST_TOKENS = 96
 """Of all answers together."""
 TOGETHER = 16
@@ -34,17 +36,19 @@ class Head:
 
     Attributes:
         answers: different answers with their shares, the most frequent first; None where there are to be none.
+        kind: what they were asked for.
     """
 
     start: tuple[int, ...]
     answers: Mapping[str, float] | None
     end: tuple[int, ...]
+    kind: Kind = "labels"
 
     def ids(self, backbone: Backbone) -> list[int]:
         """All of it; of each answer its share in percent, as far as they fit."""
         if self.answers is None:
             return [*self.start, *self.end]
-        shown = [f"{text} {100 * share:.0f}" for text, share in self.answers.items() if share >= MIN_SHARE]
+        shown = [f"{text} {100 * share:.0f}" for text, share in self.answers.items() if share >= MIN_SHARE[self.kind]]
         while shown and len(plain_ids(backbone, ", ".join(shown))) > MOST_TOKENS:
             shown.pop()
         return [*self.start, *plain_ids(backbone, f"Answers: {', '.join(shown)}\n"), *self.end]
@@ -53,7 +57,7 @@ class Head:
         """With what as many draws from these answers give (a bootstrap sample): the prompt might have answered so as well."""
         if not self.answers:
             return self
-        count = ASKED.samples * len(NEUTRAL)
+        count = ASKED[self.kind].samples * len(NEUTRAL)
         drawn = Counter(stream.choices(list(self.answers), list(self.answers.values()), k=count))
         return replace(self, answers={text: n / count for text, n in drawn.most_common()})
 
@@ -89,20 +93,20 @@ def heads(
     start = (own,) if between.bos else ()
     end = (*plain_ids(backbone, between.words), *plain_ids(backbone, prefill))
     answers = _answers(backbone, different, kind, progress) if between.answers else {}
-    return {prompt.id: Head(start, answers.get(prompt.id), end) for prompt in different}
+    return {prompt.id: Head(start, answers.get(prompt.id), end, kind) for prompt in different}
 
 
 def _answers(backbone: Backbone, prompts: Sequence[SoftPrompt], kind: Kind, progress: bool) -> dict[str, dict[str, float]]:
     base = backbone.fingerprint
     model = [sorted(base.sketch.items()), base.tokenizer_sha256, str(backbone.dtype), str(backbone.device.type)]
-    key = storage.sha256_json([model, asdict(ASKED), FORMS[kind], NEUTRAL])
+    key = storage.sha256_json([model, asdict(ASKED[kind]), FORMS[kind], NEUTRAL])
     folder = cache_dir() / "answers" / key[:16]
     paths = {prompt.id: folder / f"{prompt.id}.json" for prompt in prompts}
     unknown = [prompt for prompt in prompts if not paths[prompt.id].exists()]
     with tqdm(total=len(unknown), desc="answers", unit="prompt", disable=not progress or not unknown) as bar:
         for first in range(0, len(unknown), TOGETHER):
             part = unknown[first : first + TOGETHER]
-            for prompt, found in zip(part, ASKED.answers(backbone, part, kind), strict=True):
+            for prompt, found in zip(part, ASKED[kind].answers(backbone, part, kind), strict=True):
                 storage.write_json(paths[prompt.id], found)
             bar.update(len(part))
     return {name: dict(storage.read_json(path)) for name, path in paths.items()}

@@ -48,6 +48,13 @@ def test_the_prompts_own_answers_stand_in_front_of_the_words(backbone, asked):
     assert len(asked) == 3  # inputs of another form, other answers
 
 
+def test_of_instructions_single_answers_are_shown_too(backbone, asked):
+    b = backbone("llama")
+    prompt = toy_prompt(b, 0, n=2)
+    [head] = heads(b, [prompt], Between(bos=False, answers=True), "instructions").values()
+    assert head.ids(b) == ids(b, "Answers: answer 2 50, b 30, c 19, rare 1\n")
+
+
 def test_answers_are_cut_where_they_do_not_fit(backbone, monkeypatch):
     b = backbone("llama")
     head = Head((), {"red": 0.5, "blue": 0.3, "green": 0.2}, ())
