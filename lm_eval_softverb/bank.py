@@ -80,21 +80,25 @@ class Bank:
     def joined(cls, banks: Sequence[Bank]) -> Bank:
         """The prompts of all banks, one bank after the other; they may be of different models.
 
+        A prompt with the name of one before it gets its bank's in front: ``labels_00001`` of ``banks/more`` is then
+        ``more/labels_00001``.
+
         Raises:
-            ArtifactError: two prompts of one name.
+            ArtifactError: two prompts of one name still.
         """
-        owners: dict[str, str] = {}
+        entries: dict[str, Mapping[str, Any]] = {}
         for bank in banks:
             for entry in bank.entries:
                 name = str(entry["prompt_id"])
-                if name in owners:
-                    raise ArtifactError(f"{owners[name]} and {bank.source} both have a prompt named {name!r}; use one of them.")
-                owners[name] = bank.source
-        return cls(
-            tuple(prompt for bank in banks for prompt in bank.prompts),
-            tuple(entry for bank in banks for entry in bank.entries),
-            ", ".join(bank.source for bank in banks),
-        )
+                if name in entries:
+                    name = f"{Path(bank.source).name}/{name}"
+                if name in entries:
+                    raise ArtifactError(
+                        f"Two banks are named {bank.source} or both have a prompt named {name!r}; use one of them."
+                    )
+                entries[name] = {**entry, "prompt_id": name}
+        prompts = tuple(prompt for bank in banks for prompt in bank.prompts)
+        return cls(prompts, tuple(entries.values()), ", ".join(bank.source for bank in banks))
 
     @staticmethod
     def save(folder: Path | str, items: Iterable[tuple[SoftPrompt, Mapping[str, Any]]]) -> Path:

@@ -52,12 +52,13 @@ def test_frame_info_and_base_model_come_back(tmp_path, backbone):
 
 
 def test_banks_are_joined_in_their_order(folder, tmp_path):
-    more = Bank.load(Bank.save(tmp_path / "more", [(prompt(2), {"prompt_id": "p2"})]))
+    more = Bank.load(Bank.save(tmp_path / "more", [(prompt(2), {"prompt_id": "p2"}), (prompt(3), {"prompt_id": "p1"})]))
     both = Bank.joined([Bank.load(folder), more])
-    assert [p.id for p in both.prompts] == [prompt(0).id, prompt(1, 5).id, prompt(2).id]
-    assert [e["prompt_id"] for e in both.entries] == [prompt(0).id, "p1", "p2"]
-    with pytest.raises(ArtifactError, match="both have a prompt named 'p2'"):
-        Bank.joined([more, both])
+    assert [p.id for p in both.prompts] == [prompt(0).id, prompt(1, 5).id, prompt(2).id, prompt(3).id]
+    assert [e["prompt_id"] for e in both.entries] == [prompt(0).id, "p1", "p2", "more/p1"]
+    assert both.entries[1]["task"] == "b" and both.prompt("more/p1").id == prompt(3).id
+    with pytest.raises(ArtifactError, match="both have a prompt named 'more/p2'"):
+        Bank.joined([more, more, more])
 
 
 def test_one_base_model_and_one_name_each(tmp_path, backbone):
