@@ -57,7 +57,7 @@ def test_banks_are_joined_in_their_order(folder, tmp_path):
     assert [p.id for p in both.prompts] == [prompt(0).id, prompt(1, 5).id, prompt(2).id, prompt(3).id]
     assert [e["prompt_id"] for e in both.entries] == [prompt(0).id, "p1", "p2", "more/p1"]
     assert both.entries[1]["task"] == "b" and both.prompt("more/p1").id == prompt(3).id
-    with pytest.raises(ArtifactError, match="both have a prompt named 'more/p2'"):
+    with pytest.raises(ArtifactError, match="would be a second 'more/p2'"):
         Bank.joined([more, more, more])
 
 
