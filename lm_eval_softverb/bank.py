@@ -94,7 +94,7 @@ class Bank:
                     name = f"{Path(bank.source).name}/{name}"
                 if name in entries:
                     raise ArtifactError(
-                        f"A prompt of {bank.source} would be a second {name!r}; pass each bank once, from folders of different names."
+                        f"A prompt of {bank.source} would be a second {name!r}; pass each bank once, and no two of one name."
                     )
                 entries[name] = {**entry, "prompt_id": name}
         prompts = tuple(prompt for bank in banks for prompt in bank.prompts)
