@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from lm_eval_softverb.bank import Bank
+from lm_eval_softverb.compare import fillings
 from lm_eval_softverb.compare.arms import Arm
 from lm_eval_softverb.compare.readings import Reading, only
 from lm_eval_softverb.data.dod import documents
 from lm_eval_softverb.data.verbalization import with_truth
-from lm_eval_softverb.errors import ConfigError
+from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.metrics import dod as tasks
 from lm_eval_softverb.verbalizers import Kind
 
@@ -144,10 +145,20 @@ class BankArms:
 
     # --- arms --------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def others(self) -> list[fillings.Line]:
+        """Each prompt's text of another task of its split; none where there is no other text to take."""
+        splits, scored = ({e.get(key) for e in self.scope.entries} for key in ("split", "prompt_id"))
+        around = only(self.whole, {str(e["prompt_id"]) for e in self.whole.entries if e.get("split") in splits})
+        try:
+            return [line for line in fillings.other(around, self.seed, self.dod) if line["prompt_id"] in scored]
+        except DataError:
+            return []
+
     @property
     def texts(self) -> list[str]:
         """Names of the texts, in the order of the arms."""
-        return ["gold", "other", f"shots{self.shots}", *(r.name for r in self.readings)]
+        return ["gold", *(["other"] if self.others else []), f"shots{self.shots}", *(r.name for r in self.readings)]
 
     def text(self, name: str) -> Path:
         """File of one of the texts."""

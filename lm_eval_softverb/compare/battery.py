@@ -18,7 +18,6 @@ from lm_eval_softverb.compare import fillings, pages, report
 from lm_eval_softverb.compare.arms import Arm, is_finished, plan_arm, run_arm
 from lm_eval_softverb.compare.bank_arms import CHAT, BankArms
 from lm_eval_softverb.compare.comparison import Comparison, compare
-from lm_eval_softverb.compare.readings import only
 from lm_eval_softverb.compare.runs import Run
 from lm_eval_softverb.endpoints.backends import Plan
 from lm_eval_softverb.errors import ConfigError, did_you_mean
@@ -65,12 +64,9 @@ def fill(b: BankArms) -> None:
     Raises:
         SoftverbError: as :mod:`~lm_eval_softverb.compare.fillings`.
     """
-    scope = {str(e["prompt_id"]) for e in b.scope.entries}
-    splits = {e.get("split") for e in b.scope.entries}
-    around = only(b.whole, {str(e["prompt_id"]) for e in b.whole.entries if e.get("split") in splits})
-    others = [line for line in fillings.other(around, b.seed, b.dod) if line["prompt_id"] in scope]
     storage.write_jsonl(b.text("gold"), fillings.gold(b.scope, b.dod))
-    storage.write_jsonl(b.text("other"), others)
+    if b.others:
+        storage.write_jsonl(b.text("other"), b.others)
     storage.write_jsonl(b.text(f"shots{b.shots}"), fillings.shots(b.scope, b.shots, b.seed, b.dod))
     storage.write_jsonl(b.text("majority"), fillings.majority(b.scope, b.dod))
 
@@ -105,6 +101,8 @@ def score(b: BankArms) -> Comparison:
     check(b)
     fill(b)
     print(f"{len(b.scope.entries)} prompts, {b.documents} documents of {b.scored}, {len(b.arms)} arms", flush=True)
+    if not b.others:
+        print("No arm 'other': the prompts of one split have too few different texts to swap them.", flush=True)
     read(b)
     runs: list[Run] = []
     spent = 0.0

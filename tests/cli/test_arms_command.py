@@ -68,6 +68,15 @@ def rows(folder):
         return {(r["run"], r["task"]): r for r in csv.DictReader(f)}
 
 
+def test_a_single_task_has_no_other_ones_text(given, tmp_path, capsys, tiny):
+    bank, _ = labels_bank(tmp_path / "one", NAMES[:1])
+    words = ["arms", "--bank", bank, "--out", tmp_path / "o", "--model", tiny("llama", window=1024), "--rows", 1, "--shots", 1]
+    assert cli.main([str(w) for w in [*words, "--plan"]]) == 0
+    planned = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " requests" in line]
+    assert planned == ["softprompt", "none", "gold", "shots1", "majority"]
+    assert not (tmp_path / "o" / "texts" / "other.jsonl").exists()
+
+
 def test_every_arm_is_there_with_the_numbers_of_its_run(given, server, tmp_path, capsys):
     server.script = [(200, good(label), {}) for label in ("joy", "Rain.", "no", "x", "y", "z") * 6]
     assert given() == 0
