@@ -29,6 +29,7 @@ texts stay in OUT, with the harness's own results.
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import os
 import statistics
@@ -45,12 +46,13 @@ from lm_eval_softverb import storage
 from lm_eval_softverb.bank import manifest_of
 from lm_eval_softverb.compare.runs import Run, read_run
 from lm_eval_softverb.compare.stats import holm, mean_interval, paired_interval, paired_p
-from lm_eval_softverb.errors import ArtifactError
 
 METRICS = {
     "labels": ("f1", "recall", "cosine", "percentile_rank"),
     "instructions": ("rouge_l", "cosine", "percentile_rank"),
 }
+MADE = "made.json"
+"""In the folder of a finished run: what it was made of."""
 CORPUS = "mpr_pred"
 """A metric of all texts together, which has no score per prompt."""
 
@@ -60,6 +62,7 @@ def main() -> None:
     experiment = json.loads(a.experiment.read_text())
     out = a.out / a.experiment.stem
     out.mkdir(parents=True, exist_ok=True)
+    check(experiment, out)
     if any(arm.get("selected") for arm in experiment["arms"].values()):
         run("select", ["softverb", "select", *source(experiment, a), *experiment.get("select", []), "--out", out / "selection"])
     if given := experiment.get("inputs"):
@@ -75,13 +78,31 @@ def main() -> None:
             more = [*translator.get("train", []), "--seed", seed, "--out", path]
             if "dpo" in translator:
                 more += ["--dpo", inputs(out), "--start", adapter(experiment, out, translator["dpo"], seed)]
-            if not (path / "translator.json").exists():
-                run(f"{name}, seed {seed}", ["softverb", "translate", "train", *own, *a.train, *more, "--quiet"])
+            run(f"{name}, seed {seed}", ["softverb", "translate", "train", *own, *a.train, *more, "--quiet"])
     runs = {name: scored(name, arm, experiment, out, a) for name, arm in experiment["arms"].items()}
     table(runs, experiment, out)
     texts(runs, experiment, out)
     if field := experiment.get("correlate"):
         correlations(runs, experiment, field, out)
+
+
+def check(experiment: Mapping[str, Any], out: Path) -> None:
+    """What has to be there before anything is trained."""
+    translators = experiment.get("translators", {})
+    banks = [experiment["bank"], *(t["bank"] for t in translators.values() if "bank" in t)]
+    for t in translators.values():
+        words = t.get("train", [])
+        banks += [words[i + 1] for i, word in enumerate(words) if word == "--bank"]
+    for bank in dict.fromkeys(banks):
+        manifest_of(Path(bank))
+    for name, t in translators.items():
+        for seed in seeds_of(t) if "from" in t else ():
+            if not (path := adapter(experiment, out, name, seed) / "translator.json").exists():
+                raise SystemExit(f"{path} is missing: run the experiment {t['from']!r} with the same --out first.")
+    for name, arm in experiment["arms"].items():
+        missing = set(arm.get("seeds", [])) - set(seeds_of(translators.get(arm.get("translator"), {})))
+        if missing:
+            raise SystemExit(f"The arm {name!r} has seeds {sorted(missing)} that its translator has not.")
 
 
 def source(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
@@ -107,11 +128,6 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
     found = []
     for seed in seeds:
         folder = out / "runs" / f"{name}-{seed}"
-        try:
-            found.append(read_run(folder, name))
-            continue
-        except ArtifactError:  # not there yet
-            pass
         given = {"bank": experiment["bank"], "dtype": a.dtype, **arm.get("args", {})}
         if arm["model"] == "replay":
             file = out / "other.jsonl"
@@ -130,9 +146,19 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
         facts = {"bank": experiment["bank"], "dod": a.dod, "split": experiment.get("split")}
         command += ["--batch_size", "16", "--metadata", json.dumps({key: value for key, value in facts.items() if value})]
         command += ["--gen_kwargs", arm["gen"]] if "gen" in arm else []
-        run(name, [*command, "--output_path", folder, "--log_samples"])
+        made_of = [hashed(Path(str(v))) for k, v in given.items() if k in ("adapter", "selection", "rerank", "file")]
+        facts = {"command": [str(word) for word in command], "made_of": made_of}
+        if (folder / MADE).exists() and storage.read_json(folder / MADE) != facts:
+            raise SystemExit(f"{folder} is of other settings or translators than {name!r} has now; remove it, or change --out.")
+        if not (folder / MADE).exists():
+            run(name, [*command, "--output_path", folder, "--log_samples"])
+            storage.write_json(folder / MADE, facts)
         found.append(read_run(folder, name))
     return found
+
+
+def hashed(path: Path) -> str:
+    return storage.sha256_file(path / "translator.json" if path.is_dir() else path)
 
 
 def run(what: str, command: Sequence[Any]) -> None:
@@ -220,7 +246,7 @@ def texts(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out:
         for arm, own in first.items():
             [text] = own[name]["filtered_resps"]
             cells = [f"{own[name][score]:.2f}" for score in shown_scores]
-            parts.append("| " + " | ".join([arm, *cells, " ".join(text.split()).replace("|", "\\|")]) + " |")
+            parts.append("| " + " | ".join([arm, *cells, html.escape(" ".join(text.split())).replace("|", "\\|")]) + " |")
     storage.write_text(out / "texts.md", "\n".join(parts) + "\n")
 
 
@@ -228,16 +254,21 @@ def correlations(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any
     """Spearman's rho of each arm, with a bootstrap interval over prompts: do better prompts read better?"""
     kind = experiment["kind"]
     quality = {e["prompt_id"]: e["heldout"][field] for _, e in storage.read_jsonl(manifest_of(Path(experiment["bank"])))}
-    rows, metric = {}, METRICS[kind][0]
+    rows: dict[str, dict[str, Any]] = {}
+    metric = METRICS[kind][0]
     for name, found in runs.items():
         values = per_prompt(found, kind)[metric]
         names = prompt_names(found[0], kind)
         pairs = np.array([[quality[names[key]], value] for key, value in values.items()])
         rng = np.random.default_rng(0)
         draws = [rho(pairs[rng.integers(len(pairs), size=len(pairs))]) for _ in range(2000)]
+        value = rho(pairs)
+        if np.isnan(value):  # an arm that reads nothing
+            rows[name] = {"rho": None, "n": len(pairs)}
+            continue
         low, high = np.nanpercentile(draws, [2.5, 97.5])
-        rows[name] = {"rho": rho(pairs), "low": float(low), "high": float(high), "n": len(pairs)}
-        print(f"{name}: rank correlation of {field} and {metric} {rows[name]['rho']:.2f} [{low:.2f}, {high:.2f}]")
+        rows[name] = {"rho": value, "low": float(low), "high": float(high), "n": len(pairs)}
+        print(f"{name}: rank correlation of {field} and {metric} {value:.2f} [{low:.2f}, {high:.2f}]")
     storage.write_json(out / "correlations.json", rows)
 
 

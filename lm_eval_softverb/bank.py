@@ -8,7 +8,7 @@ prompt of a bank saved by itself (:meth:`SoftPrompt.save`) is a PEFT folder.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,20 @@ class Bank:
             ArtifactError: two prompts of one name still.
         """
         entries: dict[str, Mapping[str, Any]] = {}
+        prompts = []
         for bank in banks:
-            for entry in bank.entries:
+            for prompt, entry in zip(bank.prompts, bank.entries, strict=True):
                 name = str(entry["prompt_id"])
                 if name in entries:
                     name = f"{Path(bank.source).name}/{name}"
+                    prompt = replace(prompt, source=f"{bank.source}#{name}")
                 if name in entries:
                     raise ArtifactError(
                         f"A prompt of {bank.source} would be a second {name!r}; pass each bank once, and no two of one name."
                     )
                 entries[name] = {**entry, "prompt_id": name}
-        prompts = tuple(prompt for bank in banks for prompt in bank.prompts)
-        return cls(prompts, tuple(entries.values()), ", ".join(bank.source for bank in banks))
+                prompts.append(prompt)
+        return cls(tuple(prompts), tuple(entries.values()), ", ".join(bank.source for bank in banks))
 
     @staticmethod
     def save(folder: Path | str, items: Iterable[tuple[SoftPrompt, Mapping[str, Any]]]) -> Path:

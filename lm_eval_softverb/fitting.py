@@ -1,10 +1,11 @@
-"""What every training loop on a frozen model shares: the size of a pass, how its attention runs, and the learning rate."""
+"""What training loops on a frozen model share: the size of a pass, how its attention runs, the learning rate, processes."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm_eval_softverb.backbone import Backbone
@@ -44,3 +45,31 @@ def learning_rate(peak: float, schedule: str, warmup: float, step: int, total: i
     if schedule == "cosine":
         return float(peak * 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi))))
     return peak
+
+
+class Processes:
+    """The processes of ``accelerate launch``; one alone where there is no launcher."""
+
+    def __init__(self) -> None:
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
+
+        self._state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
+        self.rank, self.count = int(self._state.process_index), int(self._state.num_processes)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> str | None:
+        """Where this process should load the model; None leaves it to the caller."""
+        return str(self._state.device) if self.count > 1 else None
+
+    def sum(self, values: Tensor) -> Tensor:
+        from accelerate.utils import reduce
+
+        return reduce(values, "sum") if self.count > 1 else values  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        self._state.wait_for_everyone()

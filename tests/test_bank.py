@@ -56,6 +56,7 @@ def test_banks_are_joined_in_their_order(folder, tmp_path):
     both = Bank.joined([Bank.load(folder), more])
     assert [p.id for p in both.prompts] == [prompt(0).id, prompt(1, 5).id, prompt(2).id, prompt(3).id]
     assert [e["prompt_id"] for e in both.entries] == [prompt(0).id, "p1", "p2", "more/p1"]
+    assert both.prompts[3].source.endswith("#more/p1") and both.prompts[1].source.endswith("#p1")  # inputs go by this name
     assert both.entries[1]["task"] == "b" and both.prompt("more/p1").id == prompt(3).id
     with pytest.raises(ArtifactError, match="would be a second 'more/p2'"):
         Bank.joined([more, more, more])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ Run the same command again after an interruption: training goes on from its last
         "--noise", type=float, help="added to the prompts' vectors, in shares of their root mean square (default: 0)"
     )
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
-    p.add_argument("--label-order", help="in a text: shuffled in each epoch (the default), given or sorted")
+    p.add_argument("--label-order", help="in a text: shuffled, behind those among the answers (default); given; or sorted")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")
     p.add_argument("--alpha", type=int, help="of LoRA (default: 8)")
@@ -163,14 +164,18 @@ def train(a: argparse.Namespace) -> int:
     from lm_eval_softverb.verbalizers.rerank import read_inputs
     from lm_eval_softverb.verbalizers.translator_data import read_texts
 
-    bank = Bank.joined([with_truth(Bank.load(folder), a.dod) for folder in a.bank])
-    names, texts = ", ".join(folder.name for folder in a.bank), read_texts(a.texts) if a.texts else None
+    banks = [with_truth(Bank.load(folder), a.dod) for folder in a.bank]
+    bank, names = Bank.joined(banks), ", ".join(folder.name for folder in a.bank)
+    texts = read_texts(a.texts) if a.texts else None
+    twice = Counter(task for one in banks for task in {str(e.get("task")) for e in one.entries})
+    if unclear := [task for task in texts or () if twice[task] > 1]:
+        raise ConfigError(f"--texts paraphrases {unclear[0]!r}, a task of several of these banks; name prompts by prompt_id.")
     if a.dpo:
         read_inputs(a.dpo)
 
     from lm_eval_softverb.backbone import Backbone
+    from lm_eval_softverb.fitting import Processes
     from lm_eval_softverb.verbalizers.preference import train_preferences
-    from lm_eval_softverb.verbalizers.translator_fit import Processes
     from lm_eval_softverb.verbalizers.translator_training import train_translator
 
     processes = Processes()

@@ -17,7 +17,7 @@ from lm_eval_softverb.compare import fillings
 from lm_eval_softverb.compare.arms import Arm
 from lm_eval_softverb.compare.readings import Reading, only
 from lm_eval_softverb.data.dod import documents
-from lm_eval_softverb.data.verbalization import with_truth
+from lm_eval_softverb.data.verbalization import truths, with_truth
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.metrics import dod as tasks
 from lm_eval_softverb.verbalizers import Kind
@@ -150,6 +150,7 @@ class BankArms:
         """Each prompt's text of another task of its split; none where there is no other text to take."""
         splits, scored = ({e.get(key) for e in self.scope.entries} for key in ("split", "prompt_id"))
         around = only(self.whole, {str(e["prompt_id"]) for e in self.whole.entries if e.get("split") in splits})
+        truths(around, self.dod)  # what is missing altogether is an error
         try:
             return [line for line in fillings.other(around, self.seed, self.dod) if line["prompt_id"] in scored]
         except DataError:

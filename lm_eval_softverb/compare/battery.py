@@ -156,7 +156,8 @@ def commands(b: BankArms) -> str:
     """Everything as single commands, one per line."""
     more = ["--dod", b.dod] if b.dod else []
     model = ["--model", b.pretrained, "--dtype", b.dtype, *(["--device", b.device] if b.device else [])]
-    kinds: dict[str, list[str]] = {"gold": [], "other": ["--other", "--seed", str(b.seed)], "majority": ["--majority"]}
+    kinds: dict[str, list[str]] = {"gold": [], "majority": ["--majority"]}
+    kinds |= {"other": ["--other", "--seed", str(b.seed)]} if b.others else {}
     kinds[f"shots{b.shots}"] = ["--shots", str(b.shots), "--seed", str(b.seed)]
     words = [
         ["softverb", "dod", "texts", "--bank", str(b.bank), "--out", str(b.text(name)), *options, *more]

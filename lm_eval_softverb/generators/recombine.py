@@ -1,6 +1,7 @@
 """Loosely related label sets (the paper's preliminary DoD) out of the labels and sentences of another DoD; no model writes.
 
-Each new set has labels of as many different sets, of one split of the source, so that what a test set says is never trained on.
+Each new set has labels of as many different sets of one split of the source. Labels of the test split that training sets have,
+too, are left out, so that no label and no sentence is in both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lm_eval_softverb.data.dod.classification import ClassificationDod, split_of
+from lm_eval_softverb.data.dod.classification import ClassificationDod, Reading, split_of
 from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.generators.prompts import mentions
 from lm_eval_softverb.generators.store import open_store
@@ -37,7 +38,7 @@ class Recombination:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("sets", 1), ("labels", 2), ("sentences", 1)):
+        for name, least in (("sets", 1), ("labels", 2), ("sentences", Reading.heldout + 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}.")
 
@@ -53,18 +54,22 @@ def recombine(dod: ClassificationDod, out: Path, config: Recombination) -> dict[
         ArtifactError, OutputError: as for :func:`~lm_eval_softverb.generators.store.open_store`.
     """
     pools = {split: _labels(dod, split, config.sentences) for split in ("train", "test")}
+    trained = {label.casefold() for name in dod.names("train") for label in dod.sets[name]}
+    pools["test"] = [(name, label) for name, label in pools["test"] if label.casefold() not in trained]
     used = {split: Counter[tuple[str, str]]() for split in pools}
     counts: Counter[str] = Counter()
+    drawn = []
+    for number in range(config.sets):  # all of it before the file is touched
+        split = split_of(number)
+        drawn.append(_draw(dod, pools[split], used[split], config, number))
+        used[split].update(list(drawn[-1]))
+        counts[split] += 1
     with open_store(out, {"recombined": dod.sha256, **asdict(config)}) as store:
         known = dict(store.label_sets())
-        for number in range(config.sets):
-            split = split_of(number)
-            chosen = _draw(dod, pools[split], used[split], config, number)
-            used[split].update(list(chosen))
+        for number, chosen in enumerate(drawn):
             if number not in known:
                 found = {label: sentences for (_, label), sentences in chosen.items()}
                 store.add(number, [name for name, _ in chosen], found)
-            counts[split] += 1
     return dict(counts)
 
 
@@ -91,7 +96,7 @@ def _draw(
         order = sorted(stream.sample(pool, len(pool)), key=lambda place: used[place])
         chosen: list[tuple[str, str]] = []
         for name, label in order:
-            if all(name != other and not mentions(label, word) and not mentions(word, label) for other, word in chosen):
+            if all(name != other and not _alike(label, word) for other, word in chosen):
                 chosen.append((name, label))
             if len(chosen) == config.labels:
                 break
@@ -106,3 +111,7 @@ def _draw(
         f"No {config.labels} labels with {config.sentences} sentences each go together in the source (set {number}); ask for "
         "fewer labels or sentences."
     )
+
+
+def _alike(a: str, b: str) -> bool:
+    return a.casefold() == b.casefold() or mentions(a, b) or mentions(b, a)

@@ -21,6 +21,7 @@ from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import DataError
+from lm_eval_softverb.fitting import Processes
 from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.rerank import Reranked, inputs_of, read_inputs
 from lm_eval_softverb.verbalizers.texts import verbalize_to
@@ -28,7 +29,7 @@ from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import TranslatorAdapter
 from lm_eval_softverb.verbalizers.translator_config import PreferenceConfig
 from lm_eval_softverb.verbalizers.translator_data import Example, Item, encode, held_out, pairs_of, target_losses
-from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
+from lm_eval_softverb.verbalizers.translator_fit import Fit
 from lm_eval_softverb.verbalizers.translator_heads import Heads, heads
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 from lm_eval_softverb.verbalizers.translator_training import facts, finish, finished_before, run_of
@@ -153,7 +154,8 @@ def train_preferences(
         )
     layers = LoraLayers(backbone, first, dropout=config.dropout)
     layers.load(first.tensors, first.source)
-    before = heads(backbone, [names[name].prompt for name in chosen], first.between, first.kind, progress=progress)
+    prompts = [names[name].prompt for name in chosen]
+    before = heads(backbone, prompts, first.between, first.kind, progress=progress, processes=processes)
     sides = held_out([names[name] for name in chosen], config.validation, config.seed)
     training, validation = (
         _referenced(backbone, layers, [(names[p.name], *chosen[p.name]) for p in side], before, config.max_tokens)

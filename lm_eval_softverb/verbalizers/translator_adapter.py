@@ -20,6 +20,7 @@ from lm_eval_softverb.errors import ArtifactError, BaseModelMismatch, NonFiniteE
 from lm_eval_softverb.prompt import ADAPTER_CONFIG, WEIGHTS, Fingerprint
 from lm_eval_softverb.verbalizers import KINDS, Kind
 from lm_eval_softverb.verbalizers.translator_config import Between
+from lm_eval_softverb.verbalizers.translator_heads import reads
 
 SIDECAR = "translator.json"
 SCHEMA = 1
@@ -61,7 +62,11 @@ class TranslatorAdapter:
     def id(self) -> str:
         """``tr-`` and a hash of all that decides a text."""
         values = {name: storage.sha256_bytes(t.contiguous().numpy().tobytes()) for name, t in self.tensors.items()}
-        return f"tr-{storage.sha256_json([values, self.alpha, asdict(self.between), self.targets])[:16]}"
+        return f"tr-{storage.sha256_json([values, self.alpha, asdict(self.between), self.targets, *self._reads])[:16]}"
+
+    @property
+    def _reads(self) -> list[str]:
+        return [reads(self.kind)] if self.between.answers else []
 
     def save(self, folder: Path) -> Path:
         """Writes the PEFT folder and, last, ``translator.json``, so that its presence means complete."""
@@ -85,6 +90,7 @@ class TranslatorAdapter:
             "sha256": storage.sha256_file(folder / WEIGHTS),
             "kind": self.kind,
             **asdict(self.between),
+            "reads": self._reads,
             "fingerprint": self.fingerprint.to_json(),
             "info": dict(self.info),
         }
@@ -124,7 +130,13 @@ class TranslatorAdapter:
         if kind not in KINDS or not fits or not isinstance(info, dict):
             raise ArtifactError(f"{path / SIDECAR} has kind {kind!r}, {between}, info {type(info).__name__}; train again.")
         fingerprint = Fingerprint.from_json(sidecar.get("fingerprint"))
-        return cls(tensors, rank, alpha, targets, fingerprint, kind, Between(**between), info, str(path))
+        found = cls(tensors, rank, alpha, targets, fingerprint, kind, Between(**between), info, str(path))
+        if sidecar.get("reads", []) != found._reads:
+            raise ArtifactError(
+                f"{path / SIDECAR} is of a translator that reads its prompts' answers drawn or shown in another way than this "
+                "version does it. Train again, or use the version it was made with."
+            )
+        return found
 
     def check_fits(self, model: Fingerprint, *, force: bool = False) -> list[str]:
         """Compares the base model these weights were trained on with the one in use.

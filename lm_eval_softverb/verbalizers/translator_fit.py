@@ -20,7 +20,7 @@ from lm_eval_softverb import checkpoint, storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.batching import is_out_of_memory
 from lm_eval_softverb.errors import NonFiniteError
-from lm_eval_softverb.fitting import attention, tokens_per_pass
+from lm_eval_softverb.fitting import Processes, attention, tokens_per_pass
 from lm_eval_softverb.verbalizers.translator_config import FitConfig
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
@@ -60,34 +60,6 @@ class Progress:
     epoch_loss: float = 0.0
     out_of_memory: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-
-
-class Processes:
-    """The processes of ``accelerate launch``; one alone where there is no launcher."""
-
-    def __init__(self) -> None:
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
-        self._state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-        self.rank, self.count = int(self._state.process_index), int(self._state.num_processes)
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def device(self) -> str | None:
-        """Where this process should load the model; None leaves it to the caller."""
-        return str(self._state.device) if self.count > 1 else None
-
-    def sum(self, values: Tensor) -> Tensor:
-        from accelerate.utils import reduce
-
-        return reduce(values, "sum") if self.count > 1 else values  # type: ignore[no-any-return]
-
-    def wait(self) -> None:
-        self._state.wait_for_everyone()
 
 
 class Fit(Generic[E]):

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from tqdm import tqdm
 
+import lm_eval_softverb
 from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
-from lm_eval_softverb.errors import ConfigError
+from lm_eval_softverb.decoding import eos_ids
+from lm_eval_softverb.errors import ArtifactError, ConfigError
+from lm_eval_softverb.fitting import Processes
+from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.pretrained import cache_dir
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
+from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
+from lm_eval_softverb.verbalizers.rerank import with_slot
 from lm_eval_softverb.verbalizers.translator_config import Between
 
 ASKED: Mapping[Kind, Elicit] = {"labels": Elicit(), "instructions": Elicit(samples=4, answer_tokens=16)}
@@ -24,10 +33,26 @@ MIN_SHARE: Mapping[Kind, float] = {"labels": 0.01, "instructions": 0.0}
 """Rarer answers are not shown: of labels far less than a text of answers alone needs, since a translator can tell them apart;
 free answers come once each.
 """
-MOST_TOKENS = 96
-"""Of all answers together."""
+MOST_CHARACTERS = 360
+"""Of all answers that are shown: about a hundred tokens."""
+REDRAWN = 0.75
+"""Share of the draws that an epoch of training sees."""
 TOGETHER = 16
 """Prompts whose answers are drawn together."""
+
+
+def reads(kind: Kind) -> str:
+    """Hash of how answers are drawn and shown: a translator reads only what it has learnt to read."""
+    rules = [
+        asdict(ASKED[kind]),
+        FORMS[kind],
+        NEUTRAL,
+        MIN_SHARE[kind],
+        MOST_CHARACTERS,
+        REDRAWN,
+        _shown({"a": 0.5, "b": 0.25}),
+    ]
+    return storage.sha256_json(rules)
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,8 @@ class Head:
     """What stands between a prompt's vectors and its text: ids, the prompt's own answers, ids.
 
     Attributes:
-        answers: different answers with their shares, the most frequent first; None where there are to be none.
+        answers: different answers with their shares, the most frequent first; None where there are to be none. Empty answers
+            are missing, so the shares need not sum to 1.
         kind: what they were asked for.
     """
 
@@ -44,27 +70,43 @@ class Head:
     end: tuple[int, ...]
     kind: Kind = "labels"
 
+    @cached_property
+    def shown(self) -> dict[str, float]:
+        """The answers that a translator sees: frequent ones, as far as there is room."""
+        out: dict[str, float] = {}
+        room = MOST_CHARACTERS
+        for text, share in (self.answers or {}).items():
+            room -= len(text) + 4
+            if share < MIN_SHARE[self.kind] or room < 0:
+                break
+            out[text] = share
+        return out
+
     def ids(self, backbone: Backbone) -> list[int]:
-        """All of it; of each answer its share in percent, as far as they fit."""
-        if self.answers is None:
-            return [*self.start, *self.end]
-        shown = [f"{text} {100 * share:.0f}" for text, share in self.answers.items() if share >= MIN_SHARE[self.kind]]
-        while shown and len(plain_ids(backbone, ", ".join(shown))) > MOST_TOKENS:
-            shown.pop()
-        return [*self.start, *plain_ids(backbone, f"Answers: {', '.join(shown)}\n"), *self.end]
+        """All of it."""
+        answers = [] if self.answers is None else plain_ids(backbone, _shown(self.shown))
+        return [*self.start, *answers, *self.end]
 
     def redrawn(self, stream: random.Random) -> Head:
-        """With what as many draws from these answers give (a bootstrap sample): the prompt might have answered so as well."""
-        if not self.answers:
+        """With what a part of the draws gave: the prompt might have answered so as well."""
+        if self.answers is None:
             return self
         count = ASKED[self.kind].samples * len(NEUTRAL)
-        drawn = Counter(stream.choices(list(self.answers), list(self.answers.values()), k=count))
-        return replace(self, answers={text: n / count for text, n in drawn.most_common()})
+        drawn = [text for text, share in self.answers.items() for _ in range(round(share * count))]
+        drawn += [""] * (count - len(drawn))
+        kept = stream.sample(drawn, round(REDRAWN * count))
+        found = Counter(text for text in kept if text)
+        return replace(self, answers={text: n / len(kept) for text, n in found.most_common()})
 
     def first(self, labels: Sequence[str]) -> list[str]:
-        """These labels, those that are among the answers first and in their order."""
-        places = {text.casefold(): place for place, text in enumerate(self.answers or ())}
-        return sorted(labels, key=lambda label: places.get(label.casefold(), len(places)))
+        """These labels, those that are among the answers shown first and in their order."""
+        places = {normalised(text): place for place, text in reversed(list(enumerate(self.shown)))}
+        return sorted(labels, key=lambda label: places.get(normalised(label), len(places)))
+
+
+def _shown(answers: Mapping[str, float]) -> str:
+    """Of each answer its share in percent."""
+    return f"Answers: {', '.join(f'{text} {100 * share:.0f}' for text, share in answers.items())}\n"
 
 
 Heads = Mapping[str, Head]
@@ -79,10 +121,14 @@ def heads(
     *,
     prefill: str = "",
     progress: bool = False,
+    processes: Processes | None = None,
 ) -> Heads:
     """What stands between each prompt's vectors and its text, and behind it a given beginning of the text.
 
     Without the LoRA layers in the model: the answers in it are the frozen model's. They are kept in the cache folder.
+
+    Args:
+        processes: all of them ask for the same prompts, and share the work.
 
     Raises:
         ConfigError: BOS is asked for and the tokenizer has none; or as for ``elicit``.
@@ -92,24 +138,55 @@ def heads(
         raise ConfigError(f"The tokenizer of {backbone.name} has no BOS to put between prompt and text; train with bos=false.")
     start = (own,) if between.bos else ()
     end = (*plain_ids(backbone, between.words), *plain_ids(backbone, prefill))
-    answers = _answers(backbone, different, kind, progress) if between.answers else {}
+    answers = _answers(backbone, different, kind, progress, processes) if between.answers else {}
     return {prompt.id: Head(start, answers.get(prompt.id), end, kind) for prompt in different}
 
 
-def _answers(backbone: Backbone, prompts: Sequence[SoftPrompt], kind: Kind, progress: bool) -> dict[str, dict[str, float]]:
-    base = backbone.fingerprint
-    model = [sorted(base.sketch.items()), base.tokenizer_sha256, str(backbone.dtype), str(backbone.device.type)]
-    key = storage.sha256_json([model, asdict(ASKED[kind]), FORMS[kind], NEUTRAL])
-    folder = cache_dir() / "answers" / key[:16]
-    paths = {prompt.id: folder / f"{prompt.id}.json" for prompt in prompts}
-    unknown = [prompt for prompt in prompts if not paths[prompt.id].exists()]
+def _answers(
+    backbone: Backbone, prompts: Sequence[SoftPrompt], kind: Kind, progress: bool, processes: Processes | None
+) -> dict[str, dict[str, float]]:
+    """Each prompt's answers, from the cache where they are there."""
+    base, folder = backbone.fingerprint, cache_dir() / "answers"
+    model = [sorted(base.sketch.items()), base.tokenizer_sha256, str(backbone.dtype), backbone.device.type]
+    rules = [lm_eval_softverb.__version__, model, sorted(eos_ids(backbone)), asdict(ASKED[kind])]
+    paths = {}
+    for prompt in prompts:
+        slot = virtual_ids(0, prompt.n)
+        asked = [with_slot(backbone, prompt, slot, FORMS[kind].format(text)) for text in NEUTRAL]
+        paths[prompt.id] = folder / f"{prompt.id}-{storage.sha256_json([rules, asked])[:16]}.json"
+    found = {name: kept for name, path in paths.items() if (kept := _kept(path)) is not None}
+    unknown = [prompt for prompt in prompts if prompt.id not in found]
+    if processes:
+        processes.wait()  # all have seen the same files
+        unknown = unknown[processes.rank :: processes.count]
     with tqdm(total=len(unknown), desc="answers", unit="prompt", disable=not progress or not unknown) as bar:
         for first in range(0, len(unknown), TOGETHER):
             part = unknown[first : first + TOGETHER]
-            for prompt, found in zip(part, ASKED[kind].answers(backbone, part, kind), strict=True):
-                storage.write_json(paths[prompt.id], found)
+            for prompt, shares in zip(part, ASKED[kind].answers(backbone, part, kind), strict=True):
+                # Answers of one share in an order that has nothing to do with the inputs they belong to.
+                order = sorted(shares, key=lambda text: (-shares[text], storage.seed_from(prompt.id, text)))
+                found[prompt.id] = {text: shares[text] for text in order}
+                storage.write_json(paths[prompt.id], found[prompt.id])
             bar.update(len(part))
-    return {name: dict(storage.read_json(path)) for name, path in paths.items()}
+    if processes:
+        processes.wait()
+        found |= {name: dict(storage.read_json(path)) for name, path in paths.items() if name not in found}
+    return {prompt.id: found[prompt.id] for prompt in prompts}
+
+
+def _kept(path: Path) -> dict[str, float] | None:
+    """Answers from the cache; None where they are to be drawn (again)."""
+    if not path.exists():
+        return None
+    try:
+        value = storage.read_json(path)
+        numbers = [float(x) for x in value.values() if type(x) in (int, float)]
+        if len(numbers) == len(value) and all(0 < x <= 1 for x in numbers) and sum(numbers) < 1.001:
+            return dict(zip(map(str, value), numbers, strict=True))
+    except (ArtifactError, AttributeError):
+        pass
+    warnings.warn(f"{path} holds no answers with their shares; they are drawn again.", stacklevel=2)
+    return None
 
 
 def plain_ids(backbone: Backbone, text: str) -> list[int]:

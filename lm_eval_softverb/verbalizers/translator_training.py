@@ -19,6 +19,7 @@ from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ArtifactError
+from lm_eval_softverb.fitting import Processes
 from lm_eval_softverb.verbalizers.translator_adapter import SIDECAR, TranslatorAdapter
 from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
 from lm_eval_softverb.verbalizers.translator_data import (
@@ -34,8 +35,8 @@ from lm_eval_softverb.verbalizers.translator_data import (
     pairs_of,
     target_losses,
 )
-from lm_eval_softverb.verbalizers.translator_fit import Fit, Processes
-from lm_eval_softverb.verbalizers.translator_heads import Heads, heads
+from lm_eval_softverb.verbalizers.translator_fit import Fit
+from lm_eval_softverb.verbalizers.translator_heads import Heads, heads, reads
 from lm_eval_softverb.verbalizers.translator_lora import LoraLayers
 
 
@@ -115,12 +116,12 @@ def train_translator(
     storage.require_writable(out)
     pairs, counts = pairs_of(bank, config.kind, split, texts)
     forced = sorted({d for p in pairs for d in p.prompt.check_fits(backbone.fingerprint, force=force)})
-    run = run_of(backbone, [config.to_json(), data_sha256(pairs)])
+    run = run_of(backbone, [config.to_json(), data_sha256(pairs), reads(config.kind) if config.answers else None])
     if found := finished_before(out, run, overwrite):
         return found
     training, validation = held_out(pairs, config.validation, config.seed, config.share)
     prompts = [pair.prompt for pair in (*training, *validation)]
-    before = heads(backbone, prompts, config.between, config.kind, progress=progress)
+    before = heads(backbone, prompts, config.between, config.kind, progress=progress, processes=Processes())
     objective = Translation(backbone, training, validation, config, before)
     layers = LoraLayers(backbone, config, dropout=config.dropout, seed=config.seed)
     fit = Fit(backbone, layers, objective, config, out, run=run, max_tokens=max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from lm_eval_softverb.data.dod.classification import ClassificationDod
 from lm_eval_softverb.errors import ArtifactError, ConfigError
 from lm_eval_softverb.generators.prompts import mentions
 from lm_eval_softverb.generators.recombine import Recombination, recombine
+from lm_eval_softverb.generators.store import Store
 
 SMALL = Recombination(sets=40, labels=4, sentences=14)
 
@@ -37,8 +39,8 @@ def test_labels_of_different_sets_and_one_split(tight, made):
     for name, labels in dod.sets.items():
         homes = [owners[dod.splits[name], label] for label in labels]  # KeyError: a label of the other split
         assert len(labels) == 4 and len(set.union(*homes)) >= 4
-    test = {label for name in dod.names("test") for label in dod.sets[name]}
-    assert test <= {label for name in tight.names("test") for label in tight.sets[name]}
+    trained = {label for name in tight.names("train") for label in tight.sets[name]}
+    assert not trained & {label for name in dod.names("test") for label in dod.sets[name]}
 
 
 def test_sentences_are_the_sources_and_name_no_label(tight, made):
@@ -63,17 +65,15 @@ def test_all_labels_come_about_equally_often(made):
 def test_the_same_again_and_going_on(tight, made, tmp_path, monkeypatch):
     path, _, dod = made
     again = tmp_path / "again.sqlite"
-    from lm_eval_softverb.generators import recombine as module
+    real, added = Store.add, []
 
-    real, drawn = module._draw, []
-
-    def stop(*a):
-        drawn.append(a[-1])
-        if len(drawn) == 20:
+    def stop(self, number, *a, **k):
+        added.append(number)
+        if len(added) == 20:
             raise KeyboardInterrupt
-        return real(*a)
+        real(self, number, *a, **k)
 
-    monkeypatch.setattr(module, "_draw", stop)
+    monkeypatch.setattr(Store, "add", stop)
     with pytest.raises(KeyboardInterrupt):
         recombine(tight, again, SMALL)
     assert len(ClassificationDod.open(again).sets) == 19
@@ -88,8 +88,17 @@ def test_the_same_again_and_going_on(tight, made, tmp_path, monkeypatch):
 def test_what_cannot_be_made_is_refused(tight, tmp_path):
     with pytest.raises(ConfigError, match="labels is 1"):
         Recombination(labels=1)
+    with pytest.raises(ConfigError, match="sentences is 10, expected at least 11"):
+        Recombination(sentences=10)
     with pytest.raises(ConfigError, match="No 5 labels with 25 sentences"):
         recombine(tight, tmp_path / "x.sqlite", Recombination(sets=1, sentences=25))
+    assert not (tmp_path / "x.sqlite").exists()  # the same name is free for better settings
+    mixed = ClassificationDod.open("tight")
+    one, two = mixed.names("train")[:2]
+    rows = (tuple(f"sentence {i}" for i in range(14)), tuple(f"held out {i}" for i in range(10)))
+    alike = replace(mixed, sets={one: {"dark blue": rows}, two: {"Dark Blue": rows}}, splits={one: "train", two: "train"})
+    with pytest.raises(ConfigError, match="No 2 labels"):
+        recombine(alike, tmp_path / "y.sqlite", Recombination(sets=1, labels=2))
 
 
 def test_the_command(tmp_path, capsys):
