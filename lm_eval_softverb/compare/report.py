@@ -169,10 +169,10 @@ def page(title: str, intro: str, blocks: Sequence[str], sections: Mapping[str, s
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>"
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1d2433}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#1d2433}"
         "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .7rem;border-bottom:1px solid #ccd;text-align:left}"
         "td{vertical-align:top}"
-        ".n{text-align:right;font-variant-numeric:tabular-nums}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
+        ".n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}pre{background:#f4f6fa;padding:1rem;white-space:pre-wrap}"
         "svg{max-width:100%;height:auto}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{''.join(blocks)}{more}</body></html>"
     )
