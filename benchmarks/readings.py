@@ -158,7 +158,9 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
 
 
 def hashed(path: Path) -> str:
-    return storage.sha256_file(path / "translator.json" if path.is_dir() else path)
+    """What is in a file or a translator; of something that comes with the package, its name."""
+    file = path / "translator.json" if path.is_dir() else path
+    return storage.sha256_file(file) if file.exists() else str(path)
 
 
 def run(what: str, command: Sequence[Any]) -> None:
