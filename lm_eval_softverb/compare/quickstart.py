@@ -68,6 +68,8 @@ class Reading:
 
 
 READINGS = (
+    Reading("translator", "translator", {"adapter": "labels"}, only=DEFAULT),
+    Reading("translator of random vectors", "translator", {"adapter": "labels"}, "random", only=DEFAULT),
     Reading("elicited answers", "elicit"),
     Reading("elicited from random vectors", "elicit", control="random"),
     Reading("nearest tokens, cosine", "nearest"),
