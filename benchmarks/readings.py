@@ -29,7 +29,6 @@ texts stay in OUT, with the harness's own results.
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import os
 import statistics
@@ -44,6 +43,7 @@ from scipy import stats
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.bank import manifest_of
+from lm_eval_softverb.compare.pages import markdown_table
 from lm_eval_softverb.compare.runs import Run, read_run
 from lm_eval_softverb.compare.stats import holm, mean_interval, paired_interval, paired_p
 
@@ -67,8 +67,7 @@ def main() -> None:
         run("select", ["softverb", "select", *source(experiment, a), *experiment.get("select", []), "--out", out / "selection"])
     if given := experiment.get("inputs"):
         own = ["--dod", given["dod"], "--bank", experiment["bank"], "--most", given.get("most", 8), "--out", inputs(out)]
-        if not inputs(out).exists():
-            run("inputs", ["softverb", "translate", "inputs", *own])
+        run("inputs", ["softverb", "translate", "inputs", *own])
     for name, translator in experiment.get("translators", {}).items():
         if "from" in translator:
             continue
@@ -106,7 +105,11 @@ def check(experiment: Mapping[str, Any], out: Path) -> None:
 
 
 def source(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
-    return ["--bank", experiment["bank"], "--kind", experiment["kind"], *(["--dod", a.dod] if a.dod else [])]
+    return [*bank_of(experiment, a), "--kind", experiment["kind"]]
+
+
+def bank_of(experiment: Mapping[str, Any], a: argparse.Namespace) -> list[str]:
+    return ["--bank", experiment["bank"], *(["--dod", a.dod] if a.dod else [])]
 
 
 def seeds_of(translator: Mapping[str, Any]) -> list[int]:
@@ -130,11 +133,8 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
         folder = out / "runs" / f"{name}-{seed}"
         given = {"bank": experiment["bank"], "dtype": a.dtype, **arm.get("args", {})}
         if arm["model"] == "replay":
-            file = out / "other.jsonl"
-            if not file.exists():
-                own = ["--bank", experiment["bank"], *(["--dod", a.dod] if a.dod else [])]
-                run(name, ["softverb", "dod", "texts", *own, "--other", "--out", file])
-            given = {"file": file}
+            given = {"file": out / "other.jsonl"}
+            run(name, ["softverb", "dod", "texts", *bank_of(experiment, a), "--other", "--out", given["file"]])
         if "translator" in arm:
             given["adapter"] = adapter(experiment, out, arm["translator"], seed)
         if arm.get("rerank"):
@@ -143,8 +143,8 @@ def scored(name: str, arm: Mapping[str, Any], experiment: Mapping[str, Any], out
             given["selection"] = out / "selection" / "selection.json"
         command: list[Any] = ["lm_eval", "run", "--model", arm["model"], "--tasks", f"verbalize_{experiment['kind']}"]
         command += ["--model_args", json.dumps({key: str(value) for key, value in given.items()})]
-        facts = {"bank": experiment["bank"], "dod": a.dod, "split": experiment.get("split")}
-        command += ["--batch_size", "16", "--metadata", json.dumps({key: value for key, value in facts.items() if value})]
+        told = {"bank": experiment["bank"], "dod": a.dod, "split": experiment.get("split")}
+        command += ["--batch_size", "16", "--metadata", json.dumps({key: value for key, value in told.items() if value})]
         command += ["--gen_kwargs", arm["gen"]] if "gen" in arm else []
         made_of = [hashed(Path(str(v))) for k, v in given.items() if k in ("adapter", "selection", "rerank", "file")]
         facts = {"command": [str(word) for word in command], "made_of": made_of}
@@ -243,13 +243,12 @@ def texts(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], out:
     shown_scores = ("recall", "f1") if kind == "labels" else ("rouge_l",)
     first = {name: {s["doc"]["prompt_id"]: s for s in samples(found[0], kind)} for name, found in runs.items()}
     for name, sample in next(iter(first.values())).items():
-        parts += [f"\n## {name}\n", f"{sample['doc']['target']}\n", f"| arm | {' | '.join(shown_scores)} | text |"]
-        parts.append("|---" * (len(shown_scores) + 2) + "|")
+        rows = []
         for arm, own in first.items():
             [text] = own[name]["filtered_resps"]
-            cells = [f"{own[name][score]:.2f}" for score in shown_scores]
-            parts.append("| " + " | ".join([arm, *cells, html.escape(" ".join(text.split())).replace("|", "\\|")]) + " |")
-    storage.write_text(out / "texts.md", "\n".join(parts) + "\n")
+            rows.append([arm, *(f"{own[name][score]:.2f}" for score in shown_scores), " ".join(text.split())])
+        parts += [f"## {name}", sample["doc"]["target"], markdown_table(["arm", *shown_scores, "text"], rows)]
+    storage.write_text(out / "texts.md", "\n\n".join(parts) + "\n")
 
 
 def correlations(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any], field: str, out: Path) -> None:
@@ -262,12 +261,12 @@ def correlations(runs: Mapping[str, Sequence[Run]], experiment: Mapping[str, Any
         values = per_prompt(found, kind)[metric]
         names = prompt_names(found[0], kind)
         pairs = np.array([[quality[names[key]], value] for key, value in values.items()])
-        rng = np.random.default_rng(0)
-        draws = [rho(pairs[rng.integers(len(pairs), size=len(pairs))]) for _ in range(2000)]
         value = rho(pairs)
         if np.isnan(value):  # an arm that reads nothing
             rows[name] = {"rho": None, "n": len(pairs)}
             continue
+        rng = np.random.default_rng(0)
+        draws = [rho(pairs[rng.integers(len(pairs), size=len(pairs))]) for _ in range(2000)]
         low, high = np.nanpercentile(draws, [2.5, 97.5])
         rows[name] = {"rho": value, "low": float(low), "high": float(high), "n": len(pairs)}
         print(f"{name}: rank correlation of {field} and {metric} {value:.2f} [{low:.2f}, {high:.2f}]")

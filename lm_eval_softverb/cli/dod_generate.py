@@ -128,7 +128,7 @@ def recombine(a: argparse.Namespace) -> int:
     if not isinstance(dod, ClassificationDod):
         raise ConfigError(f"--dod is {a.dod!r}, which has no label sets; expected classification:NAME or classification:FILE.")
     counts = make(dod, a.out, config)
-    print(f"{a.out}: " + ", ".join(f"{n} label sets to {'train' if s == 'train' else 'test'} on" for s, n in counts.items()))
+    print(f"{a.out}: " + ", ".join(f"{n} label sets to {split} on" for split, n in counts.items()))
     return 0
 
 

@@ -80,10 +80,10 @@ def to_markdown(comparison: Comparison) -> str:
             more = [_tally(comparison.cell(run, MACRO, metric))] if whole else []
             rows.append([run, *(_short(c) if c else "" for c in cells), *more])
         columns = ["run", *head, *(["tasks won–tied–lost"] if whole else [])]
-        parts.append(f"### {_plain(metric)}\n\n" + _markdown_table(columns, rows))
+        parts.append(f"### {_plain(metric)}\n\n" + markdown_table(columns, rows))
         if len(tasks) > WIDE:
             body = [[task, *(_bare(comparison.cell(run, task, metric)) for run in comparison.runs)] for task in tasks]
-            parts.append(_markdown_table(["task", *comparison.runs], body))
+            parts.append(markdown_table(["task", *comparison.runs], body))
     note = (
         f"Percent, with the paired difference to {_plain(comparison.baseline)} in brackets and its 95 % interval; "
         "* Holm-adjusted p < .05 over the tasks of a run (for the macro average: its own test)."
@@ -144,7 +144,8 @@ def _plain(text: str) -> str:
     return html.escape(text.replace("\n", " ")).replace("|", "\\|")
 
 
-def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts: what a model wrote in a cell stays text."""
     rows = [[_plain(text) for text in row] for row in (head, *body)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
