@@ -98,12 +98,14 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument("--no-originals", action="store_true", help="where a prompt has paraphrases, leave out its own text")
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
     p.add_argument("--answers", action="store_true", help="in front of it, what the prompt answers to neutral inputs (elicit)")
+    p.add_argument("--name-answers", action="store_true", help="texts end with a sentence that names these answers")
     p.add_argument(
         "--noise", type=float, help="added to the prompts' vectors, in shares of their root mean square (default: 0)"
     )
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
     p.add_argument("--label-order", help="in a text: shuffled, behind those among the answers (default); given; or sorted")
     p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
+    p.add_argument("--whole-sentences", action="store_true", help="cut longer texts behind the last sentence that fits")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")
     p.add_argument("--alpha", type=int, help="of LoRA (default: 8)")
     p.add_argument("--dropout", type=float, help="of LoRA (default: 0.1)")
@@ -143,6 +145,8 @@ def _configs(a: argparse.Namespace) -> tuple[TranslatorConfig, PreferenceConfig 
         learning_rate=a.lr,
         bos=False if a.no_bos else None,
         answers=a.answers or None,
+        name_answers=a.name_answers or None,
+        whole_sentences=a.whole_sentences or None,
         originals=False if a.no_originals else None,
         **{name: getattr(a, name) for name in (*_SETTINGS, *_OPTIMISER, *_BOTH)},
     )

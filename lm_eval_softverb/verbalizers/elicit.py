@@ -1,9 +1,9 @@
 """Elicitation: a soft prompt says what it is for by what it answers, whatever it is asked.
 
 A prompt that was tuned to choose among labels answers with its labels also where the input decides nothing. So neutral
-inputs are put to the frozen model under the prompt, many answers are drawn, and those that come often enough are the text.
-Nothing is trained and no input of the prompt's task is needed. It is the baseline for every reading of a label set; what a
-prompt does with its inputs it cannot say.
+inputs are put to the frozen model under the prompt, many answers are drawn, and those that come often enough are the text;
+for an instruction they stand in sentences that hold for any task. Nothing is trained and no input of the prompt's task is
+needed. It is the baseline for every reading; what a prompt does with its inputs it cannot say.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lm_eval_softverb.verbalizers import Kind
 from lm_eval_softverb.verbalizers.answers import pooled
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.rerank import inputs_of, read_inputs, with_slot
+from lm_eval_softverb.verbalizers.telling import instruction, named
 
 FORMS: Mapping[Kind, str] = {"labels": "Sentence: {} Label:", "instructions": "Input: {}\nOutput:"}
 """How the DoDs write their inputs."""
@@ -50,7 +51,8 @@ NEUTRAL = (
 
 @dataclass(frozen=True)
 class Elicit:
-    """The answers of the frozen model under the prompt to neutral inputs, the most frequent first, joined by ", ".
+    """The answers of the frozen model under the prompt to neutral inputs, the most frequent first: labels joined by ", ", or an
+    instruction that names them (see :mod:`~lm_eval_softverb.verbalizers.telling`).
 
     Answers that differ in case, blanks or outer punctuation only are one. The confidence is the share of all samples that
     are in the text; ``details["answers"]`` has each with its share.
@@ -61,7 +63,7 @@ class Elicit:
         samples: answers to draw for each input.
         answer_tokens: longest answer.
         temperature, top_k: of the samples; top_k 0 draws from all tokens.
-        min_share: rarer answers are left out.
+        min_share: rarer answers are left out of labels; free ones seldom come twice, and an instruction names the first few.
         seed: of the samples; each also depends on the prompt's id, its input and its number, and on nothing else.
     """
 
@@ -105,11 +107,11 @@ class Elicit:
         out = []
         for found in self.answers(backbone, prompts, kind):
             often = {text: share for text, share in found.items() if share >= self.min_share}
-            kept = list(often)
-            while kept and len(backbone.tokenizer.encode(", ".join(kept), add_special_tokens=False)) > max_new_tokens:
-                kept.pop()
+            kept = {text: found[text] for text in (named(found) if kind == "instructions" else often)}
+            while kept and len(backbone.tokenizer.encode(_text(kept, kind), add_special_tokens=False)) > max_new_tokens:
+                kept.popitem()
             details = {"answers": {text: round(share, 4) for text, share in often.items()}, "kept": len(kept)}
-            out.append([Verbalization(", ".join(kept), sum(often[text] for text in kept), details)])
+            out.append([Verbalization(_text(kept, kind), sum(kept.values()), details)])
         return out
 
     def answers(self, backbone: Backbone, prompts: Sequence[SoftPrompt], kind: Kind) -> list[dict[str, float]]:
@@ -157,6 +159,10 @@ class Elicit:
         )
         texts = (backbone.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in new)
         return [str(text).strip().partition("\n")[0].strip(" ,.") for text in texts]
+
+
+def _text(answers: Mapping[str, float], kind: Kind) -> str:
+    return instruction(answers) if kind == "instructions" else ", ".join(answers)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,9 @@ class TranslatorConfig(FitConfig):
         rank, alpha: of LoRA.
         bos, words, answers: what stands between a prompt's vectors and its text, see :class:`Between`.
         max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
+        whole_sentences: cut behind the last sentence that fits instead.
+        name_answers: behind the text, and not cut, a sentence that names what the prompt answers (``answers`` has to be on);
+            the translator learns to write it, too. See :mod:`~lm_eval_softverb.verbalizers.telling`.
         label_order: of the labels in a text: shuffled anew in each epoch (with ``answers``, those among them come first and in
             their order, so that a text never depends on chance that the translator cannot see); given, as in the manifest
             (random in the paper); or sorted, which a translator knows by heart sooner and reads new prompts worse with.
@@ -110,6 +113,8 @@ class TranslatorConfig(FitConfig):
     words: str = ""
     answers: bool = False
     max_tokens: int = 300
+    whole_sentences: bool = False
+    name_answers: bool = False
     label_order: LabelOrder = "shuffled"
     noise: float = 0.0
     originals: bool = True
@@ -124,6 +129,8 @@ class TranslatorConfig(FitConfig):
         for name in ("rank", "alpha", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if self.name_answers and (not self.answers or self.kind == "labels"):
+            raise ConfigError("name_answers needs answers=true and kind 'instructions': a label set consists of its answers.")
         _check("kind", self.kind, KINDS)
         _check("label_order", self.label_order, get_args(LabelOrder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
-from lm_eval_softverb.verbalizers.translator_config import LabelOrder, TranslatorConfig
+from lm_eval_softverb.verbalizers.telling import ending
+from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
 from lm_eval_softverb.verbalizers.translator_heads import Head, Heads, plain_ids
 
 
@@ -131,43 +133,53 @@ def _meaning(pair: Pair) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Item:
-    """A text to learn and what it stands behind."""
+    """A text to learn and what it stands behind; its ``ending`` is never cut."""
 
     prompt: SoftPrompt
     head: Head
     text: str
+    ending: str = ""
 
 
-def fixed_items(pairs: Iterable[Pair], before: Heads, order: LabelOrder) -> list[Item]:
+def fixed_items(pairs: Iterable[Pair], before: Heads, config: TranslatorConfig) -> list[Item]:
     """The same every time, for validation: labels sorted if that is the order; if it is shuffled, those among the prompt's
     answers first; all else as in the manifest.
     """
     out = []
     for pair in pairs:
         head, text = before[pair.prompt.id], pair.text
-        if pair.labels and order == "sorted":
+        if pair.labels and config.label_order == "sorted":
             text = ", ".join(sorted(pair.labels, key=str.casefold))
-        elif pair.labels and order == "shuffled":
+        elif pair.labels and config.label_order == "shuffled":
             text = ", ".join(head.first(pair.labels))
-        out.append(Item(pair.prompt, head, text))
+        out.append(_item(pair.prompt, head, text, config))
     return out
 
 
 def epoch_items(pairs: Sequence[Pair], before: Heads, config: TranslatorConfig, epoch: int) -> list[Item]:
     """What one epoch trains on, in its order; all of it depends on the seed and the epoch only."""
     stream, out = random.Random(f"{config.seed}/{epoch}"), []
-    for pair, fixed in zip(pairs, fixed_items(pairs, before, config.label_order), strict=True):
+    for pair, fixed in zip(pairs, fixed_items(pairs, before, config), strict=True):
         head, own = fixed.head.redrawn(stream), fixed.text
         if config.label_order == "shuffled" and pair.labels:
             own = ", ".join(head.first(stream.sample(pair.labels, len(pair.labels))))
         originals = [own] if config.originals or not pair.paraphrases else []
-        out += [Item(pair.prompt, head, text) for text in (*originals, *pair.paraphrases)]
+        out += [_item(pair.prompt, head, text, config) for text in (*originals, *pair.paraphrases)]
     stream.shuffle(out)
     return out
 
 
-def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[int, ...], bool]:
-    """Ids of a text, cut after ``max_tokens``, and then EOS: cut texts end with it, too. Also whether it was cut.
+def _item(prompt: SoftPrompt, head: Head, text: str, config: TranslatorConfig) -> Item:
+    return Item(prompt, head, text, ending(head.shown) if config.name_answers else "")
+
+
+def target_ids(
+    backbone: Backbone, text: str, max_tokens: int, ending: str = "", whole_sentences: bool = False
+) -> tuple[tuple[int, ...], bool]:
+    """Ids of a text, cut after ``max_tokens``, of its ending, and EOS: cut texts end with it, too. Also whether it was cut.
+
+    Args:
+        whole_sentences: cut behind the last sentence that fits, where one does.
 
     Raises:
         ConfigError: the tokenizer has no EOS, so that nothing could tell the translator to stop.
@@ -176,14 +188,20 @@ def target_ids(backbone: Backbone, text: str, max_tokens: int) -> tuple[tuple[in
     if eos is None:
         raise ConfigError(f"The tokenizer of {backbone.name} has no EOS; a translator could not learn to stop.")
     ids = plain_ids(backbone, text)
-    return (*ids[:max_tokens], eos), len(ids) > max_tokens
+    too_long = len(ids) > max_tokens
+    if too_long and whole_sentences:
+        ends = (plain_ids(backbone, text[: found.start()]) for found in reversed(list(re.finditer(r"(?<=[.!?])\s", text))))
+        ids = next((part for part in ends if len(part) <= max_tokens), ids)
+    return (*ids[:max_tokens], *plain_ids(backbone, f" {ending}" if ending else ""), eos), too_long
 
 
-def encode(backbone: Backbone, items: Iterable[Item], *, max_tokens: int) -> tuple[list[Example], int]:
+def encode(
+    backbone: Backbone, items: Iterable[Item], *, max_tokens: int, whole_sentences: bool = False
+) -> tuple[list[Example], int]:
     """``cat(S, E[BOS h EOS])`` for each soft prompt S and text h, and how many texts were cut."""
     examples, cut = [], 0
     for item in items:
-        target, too_long = target_ids(backbone, item.text, max_tokens)
+        target, too_long = target_ids(backbone, item.text, max_tokens, item.ending, whole_sentences)
         context = (*virtual_ids(0, item.prompt.n), *item.head.ids(backbone))
         examples.append(Example(item.prompt.embeddings, context, target))
         cut += too_long

@@ -25,6 +25,7 @@ from lm_eval_softverb.verbalizers import Kind
 from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
 from lm_eval_softverb.verbalizers.rerank import with_slot
+from lm_eval_softverb.verbalizers.telling import ending
 from lm_eval_softverb.verbalizers.translator_config import Between
 
 ASKED: Mapping[Kind, Elicit] = {"labels": Elicit(), "instructions": Elicit(samples=4, answer_tokens=16)}
@@ -41,8 +42,12 @@ TOGETHER = 16
 """Prompts whose answers are drawn together."""
 
 
-def reads(kind: Kind) -> str:
-    """Hash of how answers are drawn and shown: a translator reads only what it has learnt to read."""
+def reads(kind: Kind, tells: bool = False) -> str:
+    """Hash of how answers are drawn and shown: a translator reads only what it has learnt to read.
+
+    Args:
+        tells: and of how a text names them.
+    """
     rules = [
         asdict(ASKED[kind]),
         FORMS[kind],
@@ -52,7 +57,7 @@ def reads(kind: Kind) -> str:
         REDRAWN,
         _shown({"a": 0.5, "b": 0.25}),
     ]
-    return storage.sha256_json(rules)
+    return storage.sha256_json([*rules, ending({"a": 0.5, "b": 0.25}), ending({"a": 0.1})] if tells else rules)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Translation:
         before: Heads,
     ) -> None:
         self.backbone, self.config, self.training, self.before = backbone, config, training, before
-        self.held_out, cut = self._encode(fixed_items(validation, before, config.label_order))
+        self.held_out, cut = self._encode(fixed_items(validation, before, config))
         self.cut = cut + self._encode(epoch_items(training, before, config, 0))[1]
 
     def epoch(self, number: int) -> list[Example]:
@@ -72,7 +72,7 @@ class Translation:
         return len(example.ids)
 
     def _encode(self, items: Sequence[Item]) -> tuple[list[Example], int]:
-        return encode(self.backbone, items, max_tokens=self.config.max_tokens)
+        return encode(self.backbone, items, max_tokens=self.config.max_tokens, whole_sentences=self.config.whole_sentences)
 
 
 def train_translator(
@@ -116,7 +116,8 @@ def train_translator(
     storage.require_writable(out)
     pairs, counts = pairs_of(bank, config.kind, split, texts)
     forced = sorted({d for p in pairs for d in p.prompt.check_fits(backbone.fingerprint, force=force)})
-    run = run_of(backbone, [config.to_json(), data_sha256(pairs), reads(config.kind) if config.answers else None])
+    rules = reads(config.kind, tells=config.name_answers) if config.answers else None
+    run = run_of(backbone, [config.to_json(), data_sha256(pairs), rules])
     if found := finished_before(out, run, overwrite):
         return found
     training, validation = held_out(pairs, config.validation, config.seed, config.share)

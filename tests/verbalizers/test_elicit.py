@@ -17,6 +17,7 @@ from lm_eval_softverb.verbalizers import elicit as module
 from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.base import create, settings_of
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
+from lm_eval_softverb.verbalizers.telling import instruction
 
 HARD = "kind people and"
 PLAIN = Frame()
@@ -77,6 +78,18 @@ def test_frequent_answers_make_the_text(model, monkeypatch):
     assert found.text == "red" and found.confidence == pytest.approx(4 / 12) and found.details["kept"] == 1
     [[found]] = Elicit(samples=1, min_share=0.9).verbalize(model, soft_prompts(model, 1), kind="labels", max_new_tokens=40)
     assert found.text == "" and found.confidence == 0
+
+
+def test_an_instruction_names_the_answers(model, monkeypatch):
+    drawn = ["yes", "no", "Yes.", "yes", "no", "no", "yes", "maybe", "", "yes", "no", "yes"]
+    monkeypatch.setattr(Elicit, "_draw", lambda self, b, rows, asked, batch: [drawn[i] for i in batch])
+    [[found]] = Elicit(samples=1).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=300)
+    shares = {"yes": 6 / 12, "no": 4 / 12, "maybe": 1 / 12}
+    assert found.text == instruction(shares) and "'yes' or 'no' or 'maybe'" in found.text
+    assert found.confidence == pytest.approx(11 / 12)
+    few = len(model.tokenizer.encode(instruction({"yes": 6 / 12, "no": 4 / 12}), add_special_tokens=False))
+    [[found]] = Elicit(samples=1).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=few)
+    assert "maybe" not in found.text and found.details["kept"] == 2
 
 
 def test_own_inputs_stand_as_they_are(model, tmp_path):

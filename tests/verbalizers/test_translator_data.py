@@ -12,6 +12,7 @@ from toys import BOS, EOS
 from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.verbalizers import translator_data
+from lm_eval_softverb.verbalizers.telling import ending
 from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_data import (
     Item,
@@ -22,6 +23,7 @@ from lm_eval_softverb.verbalizers.translator_data import (
     held_out,
     noisy,
     pairs_of,
+    target_ids,
     target_losses,
 )
 from lm_eval_softverb.verbalizers.translator_heads import Head, heads
@@ -69,6 +71,42 @@ def test_the_last_supervised_label_of_every_target_is_eos(backbone, text, pad_is
     assert EOS not in first[:-1] + second[:-1]
     assert len(first) <= 13 and cut == (len(text) > 100)
     assert b.tokenizer.decode(second[:-1]) == "no"
+
+
+def test_a_text_is_cut_behind_a_sentence_and_never_in_its_ending(backbone):
+    b = backbone("llama")
+
+    def ids(text):
+        return tuple(b.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    text, ending = "Read it. Is it good? Say so. " + "Then say more, " * 20, "Answer with 'x'."
+    fits = len(ids("Read it. Is it good?")) + 1
+    cut, too_long = target_ids(b, text, fits, whole_sentences=True)
+    assert cut == (*ids("Read it. Is it good?"), EOS) and too_long
+    assert target_ids(b, text, fits)[0] == (*ids(text)[:fits], EOS)
+    assert target_ids(b, text, 2, whole_sentences=True)[0] == (*ids(text)[:2], EOS)  # not even one sentence fits
+    assert target_ids(b, "Read it.", fits, ending, whole_sentences=True) == ((*ids("Read it."), *ids(f" {ending}"), EOS), False)
+    assert target_ids(b, text, fits, ending)[0] == (*ids(text)[:fits], *ids(f" {ending}"), EOS)
+
+
+def test_answers_are_named_as_they_are_shown(bank):
+    """In validation all of them; in training those of the epoch's draws, which a text then names."""
+    pairs, _ = pairs_of(bank, "labels")
+    pair = Pair("p", pairs[0].prompt, "Say what it is.")
+    head = Head((), {"red": 0.25, "blue": 0.25, "green": 0.25, "grey": 0.25}, (), "instructions")
+    settings = config(kind="instructions", answers=True, name_answers=True)
+    [item] = fixed_items([pair], {pair.prompt.id: head}, settings)
+    assert item.text == pair.text and item.ending == "Answer with 'red' or 'blue' or 'green' or 'grey'."
+    items = [epoch_items([pair], {pair.prompt.id: head}, settings, epoch)[0] for epoch in range(6)]
+    assert all(item.ending == ending(item.head.shown) for item in items) and len({item.ending for item in items}) > 1
+    [plain] = fixed_items([pair], {pair.prompt.id: head}, config(kind="instructions", answers=True))
+    assert plain.ending == ""
+
+
+@pytest.mark.parametrize("settings", [{"kind": "instructions"}, {"kind": "labels", "answers": True}])
+def test_only_instructions_name_answers_that_are_drawn(settings):
+    with pytest.raises(ConfigError, match="name_answers"):
+        config(name_answers=True, **settings)
 
 
 def test_the_model_reads_vectors_bos_text(backbone, monkeypatch):
@@ -149,7 +187,9 @@ def test_labels_come_sorted_as_given_or_in_another_order_each_epoch(bank):
     assert fixed == [sorted(", ".join(s) for s in SETS)] * 4
     alphabetic = [texts_of(pairs, config(label_order="sorted"), e) for e in range(4)]
     assert alphabetic == [sorted(", ".join(sorted(s)) for s in SETS)] * 4
-    [item] = fixed_items([Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b"))], PlainHeads(), "sorted")
+    [item] = fixed_items(
+        [Pair("p", pairs[0].prompt, "Zoo, a, b", ("Zoo", "a", "b"))], PlainHeads(), config(label_order="sorted")
+    )
     assert item.text == "a, b, Zoo"
     free = config()
     shuffled = [texts_of(pairs, free, e) for e in range(4)]

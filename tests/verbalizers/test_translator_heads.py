@@ -134,7 +134,7 @@ def test_texts_follow_the_answers_that_stand_before_them(backbone, tmp_path):
     pairs, _ = pairs_of(toy_bank(backbone("llama"), tmp_path / "bank"), "labels")
     pair = Pair("p", pairs[0].prompt, "x, Red, y, blue", ("x", "Red", "y", "blue"))
     before = {pair.prompt.id: Head((), {"blue": 0.52, "red!": 0.48}, ())}
-    [fixed] = fixed_items([pair], before, "shuffled")
+    [fixed] = fixed_items([pair], before, config())
     assert fixed.text == "blue, Red, x, y" and fixed.head is before[pair.prompt.id]
     texts = set()
     for epoch in range(40):
