@@ -98,6 +98,8 @@ def check(experiment: Mapping[str, Any], out: Path) -> None:
         for seed in seeds_of(t) if "from" in t else ():
             if not (path := adapter(experiment, out, name, seed) / "translator.json").exists():
                 raise SystemExit(f"{path} is missing: run the experiment {t['from']!r} with the same --out first.")
+    if (baseline := experiment.get("baseline")) and baseline not in experiment["arms"]:
+        raise SystemExit(f"The baseline {baseline!r} is no arm; expected one of {', '.join(experiment['arms'])}.")
     for name, arm in experiment["arms"].items():
         missing = set(arm.get("seeds", [])) - set(seeds_of(translators.get(arm.get("translator"), {})))
         if missing:
