@@ -88,6 +88,9 @@ Definitions of test tasks are never paraphrased. Run the same command again afte
     )
     p.add_argument("--dod", default="general", help="general, or general:PATH (default: %(default)s)")
     p.add_argument("--out", type=Path, required=True, help="JSONL file, one line per task")
+    p.add_argument(
+        "--bank", type=Path, action="append", help="only tasks of this bank; again, for more (default: all training tasks)"
+    )
     p.add_argument("--copies", type=int, help="paraphrases per definition, e.g. 1, 10 or 100 (default: 1)")
     p.add_argument("--max-new-tokens", type=int, help="of a paraphrase (default: 300)")
     p.add_argument("--temperature", type=float, help="default: 0.7")
@@ -169,14 +172,17 @@ def generate(a: argparse.Namespace) -> int:
 
 
 def paraphrase(a: argparse.Namespace) -> int:
+    from lm_eval_softverb.bank import Bank
     from lm_eval_softverb.data.dod.opening import open_dod
     from lm_eval_softverb.generators import paraphrase as paraphrases
 
     config = paraphrases.ParaphraseConfig(**_given(a, paraphrases.ParaphraseConfig, max_tokens=a.max_new_tokens))
+    only = {str(e["task"]) for bank in a.bank for e in Bank.load(bank).entries if "task" in e} if a.bank else None
     dod, backend = open_dod(a.dod), _backend(a)
     if a.plan:
-        return _show(*paraphrases.plan(config, dod, backend, _price(a)))
-    counts = paraphrases.paraphrase(dod, config, _metered(a, backend), a.out, progress=None if a.quiet else _tell)
+        return _show(*paraphrases.plan(config, dod, backend, _price(a), only))
+    progress = None if a.quiet else _tell
+    counts = paraphrases.paraphrase(dod, config, _metered(a, backend), a.out, only=only, progress=progress)
     return _done(a.out, counts, "kept")
 
 

@@ -95,6 +95,7 @@ Run the same command again after an interruption: training goes on from its last
     p.add_argument(
         "--texts", type=Path, help="JSONL of paraphrases by prompt or task, as `softverb dod paraphrase` writes them"
     )
+    p.add_argument("--most-texts", type=int, help="the first so many of a prompt's or task's paraphrases (default: all)")
     p.add_argument("--no-originals", action="store_true", help="where a prompt has paraphrases, leave out its own text")
     p.add_argument("--no-bos", action="store_true", help="nothing between a prompt's vectors and its text (default: BOS)")
     p.add_argument("--answers", action="store_true", help="in front of it, what the prompt answers to neutral inputs (elicit)")
@@ -151,6 +152,8 @@ def _configs(a: argparse.Namespace) -> tuple[TranslatorConfig, PreferenceConfig 
         **{name: getattr(a, name) for name in (*_SETTINGS, *_OPTIMISER, *_BOTH)},
     )
     given = {name: getattr(a, name) for name in _PREFERENCE} | {"epochs": a.dpo_epochs, "learning_rate": a.dpo_lr}
+    if a.most_texts is not None and (a.most_texts < 1 or not a.texts):
+        raise ConfigError(f"--most-texts is {a.most_texts}, expected at least 1 and --texts FILE.")
     only_dpo = {"beta", "candidates", "temperature", "answer_tokens", "epochs", "learning_rate"}
     if not a.dpo and (a.start or any(given[name] is not None for name in only_dpo)):
         raise ConfigError("--start and the settings of preference training need --dpo FILE, the inputs to compare texts on.")
@@ -170,7 +173,7 @@ def train(a: argparse.Namespace) -> int:
 
     banks = [with_truth(Bank.load(folder), a.dod) for folder in a.bank]
     bank, names = Bank.joined(banks), ", ".join(folder.name for folder in a.bank)
-    texts = read_texts(a.texts) if a.texts else None
+    texts = {name: found[: a.most_texts] for name, found in read_texts(a.texts).items()} if a.texts else None
     twice = Counter(task for one in banks for task in {str(e.get("task")) for e in one.entries})
     if unclear := [task for task in texts or () if twice[task] > 1]:
         raise ConfigError(f"--texts paraphrases {unclear[0]!r}, a task of several of these banks; name prompts by prompt_id.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,11 @@ class ParaphraseConfig:
             raise ConfigError(f"Settings out of range: {asdict(self)}. Expected positive numbers, and a top_p of at most 1.")
 
 
-def plan(config: ParaphraseConfig, dod: Dod, backend: ChatBackend, price: Price = FREE) -> tuple[Plan, Plan]:
+def plan(
+    config: ParaphraseConfig, dod: Dod, backend: ChatBackend, price: Price = FREE, only: Collection[str] | None = None
+) -> tuple[Plan, Plan]:
     """What it takes if every answer is used, and if every attempt is needed; nothing is sent."""
-    requests = [_request(config, n, d, k, 0) for n, d in _definitions(dod).items() for k in range(config.copies)]
+    requests = [_request(config, n, d, k, 0) for n, d in _definitions(dod, only).items() for k in range(config.copies)]
     prompt, completion = sum(map(backend.count, requests)), config.max_tokens * len(requests)
     of = [(t * len(requests), t * prompt, t * completion) for t in (1, config.attempts)]
     least, most = (Plan(n, p, c, price.of(p, c)) for n, p, c in of)
@@ -84,23 +86,28 @@ def paraphrase(
     meter: Metered,
     out: Path,
     *,
+    only: Collection[str] | None = None,
     progress: Callable[[int, int, dict[str, int]], None] | None = None,
 ) -> dict[str, int]:
     """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``usage``, ``source_sha256``, ``run``.
 
     Each line is written at once and synced; a run that was killed goes on behind the last whole line.
 
+    Args:
+        only: the tasks to paraphrase, those of the test split aside; None for all. The same file takes more later.
+
     Returns:
         Counts over the whole file: kept, missing, and refused by reason.
 
     Raises:
         ArtifactError: ``out`` holds paraphrases of another run.
+        DataError: none of ``only`` is a training task.
         BackendError, BudgetExceeded: as the meter says; what is written stays.
     """
     storage.require_writable(out.parent)
-    definitions = _definitions(dod)
+    definitions = _definitions(dod, only)
     run = storage.sha256_json([asdict(config), meter.backend.identity(), QUESTION, MANNERS, _EXAMPLE])[:16]
-    done = _resume(out, run, {name: _sha(text) for name, text in definitions.items()})
+    done = _resume(out, run, {name: _sha(text) for name, text in definitions.items()}, others=only is not None)
     counts: Counter[str] = Counter()
     for line in done.values():
         counts.update(line["counts"])
@@ -135,10 +142,13 @@ def read_paraphrases(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def _definitions(dod: Dod) -> dict[str, str]:
+def _definitions(dod: Dod, only: Collection[str] | None) -> dict[str, str]:
     """Training task → definition."""
+    names = [name for name in dod.names("train") if only is None or name in only]
+    if only and not names:
+        raise DataError(f"None of {len(only)} tasks, such as {next(iter(only))!r}, is one of the DoD's training tasks.")
     found = {}
-    for name in dod.names("train"):
+    for name in names:
         task = dod.task(name)
         if task.split != "train":  # a DoD that contradicts itself must not leak test tasks
             raise DataError(f"Task {name!r} is listed for training but belongs to split {task.split!r}.")
@@ -199,8 +209,12 @@ def _sha(definition: str) -> str:
     return storage.sha256_bytes(definition.encode())
 
 
-def _resume(out: Path, run: str, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Whole lines of ``out`` by task; what a kill left behind the last of them is cut off."""
+def _resume(out: Path, run: str, sources: Mapping[str, str], others: bool) -> dict[str, dict[str, Any]]:
+    """Whole lines of ``out`` by task; what a kill left behind the last of them is cut off.
+
+    Args:
+        others: whether tasks that are not among ``sources`` may be there.
+    """
     if not out.exists():
         return {}
     raw = out.read_bytes()
@@ -213,7 +227,7 @@ def _resume(out: Path, run: str, sources: Mapping[str, str]) -> dict[str, dict[s
         if (
             {type(line.get(key)) for key in ("counts", "usage")} != {dict}
             or line.get("run") != run
-            or sources.get(name) != line.get("source_sha256")
+            or sources.get(name, line.get("source_sha256") if others else None) != line.get("source_sha256")
         ):
             raise ArtifactError(
                 f"{out}:{number} holds paraphrases of another run (other definitions, settings, prompts or model). Choose "

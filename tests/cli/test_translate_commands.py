@@ -46,6 +46,18 @@ def test_train_on_two_banks(bank, backbone, tiny, tmp_path):
     assert sum(map(len, made.info["prompts"].values())) == len(bank.prompts) + 1 and made.info["bank"] == "bank, more"
 
 
+@pytest.mark.parametrize(("most", "per_prompt"), [([], 4), (["--most-texts", "2"], 3)])
+def test_paraphrases_as_many_as_wanted(most, per_prompt, bank, tiny, tmp_path):
+    """Each prompt's own text, and the first paraphrases."""
+    names = [str(e["prompt_id"]) for e in bank.entries]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt_id": n, "paraphrases": ["one", "two", "three"]}) + "\n" for n in names))
+    command = ["translate", "train", "--bank", bank.source, "--kind", "labels", "--epochs", "1", *on(tiny), *most]
+    assert cli.main([*command, "--texts", str(texts), "--out", str(tmp_path / "t")]) == 0
+    info = TranslatorAdapter.load(tmp_path / "t").info
+    assert info["counts"]["texts_per_epoch"] == per_prompt * len(info["prompts"]["training"])
+
+
 def test_train_verbalize_rerank(bank, tiny, tmp_path, inputs, capsys):
     out = tmp_path / "t"
     arguments = ["translate", "train", "--bank", bank.source, "--kind", "labels", "--out", str(out), *on(tiny)]
@@ -131,6 +143,8 @@ def test_inputs_are_those_the_prompts_were_tuned_on(backbone, tmp_path, monkeypa
         (["--start", "x"], "need --dpo FILE"),
         (["--beta", "0.2"], "need --dpo FILE"),
         (["--rank", "0"], "rank is 0"),
+        (["--most-texts", "3"], "--texts FILE"),
+        (["--name-answers", "--answers"], "kind 'instructions'"),
     ],
 )
 def test_f39_wrong_settings_exit_2_before_the_model_loads(arguments, message, bank, tmp_path, capsys, monkeypatch):

@@ -7,11 +7,14 @@ import json
 import sqlite3
 
 import pytest
+import torch
 from fakes import Writer
 from fault_server import Server
 
+from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.cli import dod_generate
 from lm_eval_softverb.errors import BackendError, ConfigError
+from lm_eval_softverb.prompt import SoftPrompt
 
 CANARY = "sk-canary-9876543210"
 
@@ -73,6 +76,25 @@ def test_wrong_use(arguments, message, tmp_path, monkeypatch):
     monkeypatch.setattr(Backbone, "load", lambda *_a, **_k: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=message):
         run("generate", "--out", tmp_path / "d.sqlite", *arguments)
+
+
+def test_only_tasks_of_a_bank_are_paraphrased(writer, tmp_path, monkeypatch):
+    asked = {}
+
+    def paraphrase(dod, config, meter, out, *, only, progress):
+        asked.update(only=only, copies=config.copies)
+        return {"kept": 0}
+
+    monkeypatch.setattr("lm_eval_softverb.data.dod.opening.open_dod", lambda source: source)
+    monkeypatch.setattr("lm_eval_softverb.generators.paraphrase.paraphrase", paraphrase)
+    for number in (1, 2):
+        prompt = SoftPrompt(torch.randn(2, 4))
+        Bank.save(tmp_path / f"bank{number}", [(prompt, {"prompt_id": f"p{number}", "task": f"task{number}"})])
+    banks = ["--bank", tmp_path / "bank1", "--bank", tmp_path / "bank2"]
+    run("paraphrase", "--out", tmp_path / "p.jsonl", "--copies", 3, "--quiet", *banks)
+    assert asked == {"only": {"task1", "task2"}, "copies": 3}
+    run("paraphrase", "--out", tmp_path / "p.jsonl", "--quiet")
+    assert asked["only"] is None
 
 
 def test_money_needs_prices_and_an_endpoint_cannot_filter(writer, tmp_path):

@@ -56,6 +56,22 @@ def test_copies_are_paraphrases_and_differ(copies, tmp_path):
     assert len({q.replace("task1", "") for q in asked}) >= min(copies, 10)
 
 
+def test_some_tasks_first_and_the_others_later(tmp_path):
+    out, first, second = tmp_path / "p.jsonl", Rewriter(), Rewriter()
+    paraphrase(Tasks(), ParaphraseConfig(), Metered(first), out, only={"task2", "secret4", "task0"})
+    assert list(read_paraphrases(out)) == ["task0", "task2"]
+    least, _ = plan(ParaphraseConfig(), Tasks(), Rewriter(), only={"task2"})
+    assert least.requests == 1
+    counts = paraphrase(Tasks(), ParaphraseConfig(), Metered(second), out)
+    assert sorted(read_paraphrases(out)) == Tasks().names("train") and counts["kept"] == 4
+    asked = [r.messages[-1]["content"] for r in second.asked]
+    assert len(asked) == 2 and not any("task0" in q or "task2" in q for q in asked)
+    paraphrase(Tasks(), ParaphraseConfig(), Metered(third := Rewriter()), out, only={"task3"})
+    assert not third.asked
+    with pytest.raises(DataError, match="secret4"):
+        paraphrase(Tasks(), ParaphraseConfig(), Metered(Rewriter()), tmp_path / "q.jsonl", only={"secret4"})
+
+
 class Stubborn(Rewriter):
     """Repeats the definition, writes too long, gets cut, is filtered, says nothing: by turns."""
 
