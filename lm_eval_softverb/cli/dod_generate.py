@@ -177,7 +177,8 @@ def paraphrase(a: argparse.Namespace) -> int:
     from lm_eval_softverb.generators import paraphrase as paraphrases
 
     config = paraphrases.ParaphraseConfig(**_given(a, paraphrases.ParaphraseConfig, max_tokens=a.max_new_tokens))
-    only = {str(e["task"]) for bank in a.bank for e in Bank.load(bank).entries if "task" in e} if a.bank else None
+    entries = [entry for bank in a.bank or () for entry in Bank.load(bank).entries]
+    only = {str(e["task"]) for e in entries if "task" in e and e.get("split", "train") == "train"} if a.bank else None
     dod, backend = open_dod(a.dod), _backend(a)
     if a.plan:
         return _show(*paraphrases.plan(config, dod, backend, _price(a), only))

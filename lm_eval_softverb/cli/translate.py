@@ -105,7 +105,9 @@ Run the same command again after an interruption: training goes on from its last
     )
     p.add_argument("--words", help="text between a prompt's vectors and its text, e.g. 'Labels:' (default: none)")
     p.add_argument("--label-order", help="in a text: shuffled, behind those among the answers (default); given; or sorted")
-    p.add_argument("--max-tokens", type=int, help="longest text; EOS comes behind the cut (default: 300)")
+    p.add_argument(
+        "--max-tokens", type=int, help="longest text, without named answers; EOS comes behind the cut (default: 300)"
+    )
     p.add_argument("--whole-sentences", action="store_true", help="cut longer texts behind the last sentence that fits")
     p.add_argument("--rank", type=int, help="of LoRA (default: 4)")
     p.add_argument("--alpha", type=int, help="of LoRA (default: 8)")
@@ -152,6 +154,8 @@ def _configs(a: argparse.Namespace) -> tuple[TranslatorConfig, PreferenceConfig 
         **{name: getattr(a, name) for name in (*_SETTINGS, *_OPTIMISER, *_BOTH)},
     )
     given = {name: getattr(a, name) for name in _PREFERENCE} | {"epochs": a.dpo_epochs, "learning_rate": a.dpo_lr}
+    if settings.name_answers:
+        given["max_tokens"] = None  # candidates have the sentence that names answers, too
     if a.most_texts is not None and (a.most_texts < 1 or not a.texts):
         raise ConfigError(f"--most-texts is {a.most_texts}, expected at least 1 and --texts FILE.")
     only_dpo = {"beta", "candidates", "temperature", "answer_tokens", "epochs", "learning_rate"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class ParaphraseConfig:
 
 
 def plan(
-    config: ParaphraseConfig, dod: Dod, backend: ChatBackend, price: Price = FREE, only: Collection[str] | None = None
+    config: ParaphraseConfig, dod: Dod, backend: ChatBackend, price: Price = FREE, only: Set[str] | None = None
 ) -> tuple[Plan, Plan]:
     """What it takes if every answer is used, and if every attempt is needed; nothing is sent."""
     requests = [_request(config, n, d, k, 0) for n, d in _definitions(dod, only).items() for k in range(config.copies)]
@@ -86,7 +86,7 @@ def paraphrase(
     meter: Metered,
     out: Path,
     *,
-    only: Collection[str] | None = None,
+    only: Set[str] | None = None,
     progress: Callable[[int, int, dict[str, int]], None] | None = None,
 ) -> dict[str, int]:
     """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``usage``, ``source_sha256``, ``run``.
@@ -94,20 +94,20 @@ def paraphrase(
     Each line is written at once and synced; a run that was killed goes on behind the last whole line.
 
     Args:
-        only: the tasks to paraphrase, those of the test split aside; None for all. The same file takes more later.
+        only: training tasks to paraphrase; None for all. The same file takes more later.
 
     Returns:
         Counts over the whole file: kept, missing, and refused by reason.
 
     Raises:
         ArtifactError: ``out`` holds paraphrases of another run.
-        DataError: none of ``only`` is a training task.
+        DataError: a task of ``only`` that is no training task, or no task at all.
         BackendError, BudgetExceeded: as the meter says; what is written stays.
     """
     storage.require_writable(out.parent)
     definitions = _definitions(dod, only)
     run = storage.sha256_json([asdict(config), meter.backend.identity(), QUESTION, MANNERS, _EXAMPLE])[:16]
-    done = _resume(out, run, {name: _sha(text) for name, text in definitions.items()}, others=only is not None)
+    done = _resume(out, run, dod, definitions)
     counts: Counter[str] = Counter()
     for line in done.values():
         counts.update(line["counts"])
@@ -142,11 +142,16 @@ def read_paraphrases(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def _definitions(dod: Dod, only: Collection[str] | None) -> dict[str, str]:
+def _definitions(dod: Dod, only: Set[str] | None) -> dict[str, str]:
     """Training task → definition."""
     names = [name for name in dod.names("train") if only is None or name in only]
-    if only and not names:
-        raise DataError(f"None of {len(only)} tasks, such as {next(iter(only))!r}, is one of the DoD's training tasks.")
+    if only is not None and (unknown := sorted(only - set(names))):
+        raise DataError(
+            f"{len(unknown)} of {len(only)} tasks are none of the DoD's training tasks, the first {unknown[0]!r}. Open the DoD "
+            "that the bank was made from, and leave out test tasks."
+        )
+    if not names:
+        raise DataError("There are no tasks to paraphrase: the bank names none, or the DoD has no training tasks.")
     found = {}
     for name in names:
         task = dod.task(name)
@@ -209,11 +214,9 @@ def _sha(definition: str) -> str:
     return storage.sha256_bytes(definition.encode())
 
 
-def _resume(out: Path, run: str, sources: Mapping[str, str], others: bool) -> dict[str, dict[str, Any]]:
-    """Whole lines of ``out`` by task; what a kill left behind the last of them is cut off.
-
-    Args:
-        others: whether tasks that are not among ``sources`` may be there.
+def _resume(out: Path, run: str, dod: Dod, definitions: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Whole lines of ``out`` by task; what a kill left behind the last of them is cut off. Earlier runs may have asked for
+    other training tasks than ``definitions`` has.
     """
     if not out.exists():
         return {}
@@ -221,13 +224,15 @@ def _resume(out: Path, run: str, sources: Mapping[str, str], others: bool) -> di
     whole = raw.rfind(b"\n") + 1
     if whole < len(raw):
         storage.write_bytes(out, raw[:whole])
-    done = {}
+    done, known = {}, set(dod.names("train"))
     for number, line in storage.read_jsonl(out):
         name = str(line.get("task"))
+        source = definitions.get(name) or (dod.task(name).instruction if name in known else None)
         if (
             {type(line.get(key)) for key in ("counts", "usage")} != {dict}
             or line.get("run") != run
-            or sources.get(name, line.get("source_sha256") if others else None) != line.get("source_sha256")
+            or source is None
+            or _sha(source) != line.get("source_sha256")
         ):
             raise ArtifactError(
                 f"{out}:{number} holds paraphrases of another run (other definitions, settings, prompts or model). Choose "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from lm_eval_softverb import storage
 from lm_eval_softverb.backbone import Backbone
 
 T = TypeVar("T")
@@ -24,6 +25,11 @@ def pooled(samples: Sequence[T], text: Callable[[T], str]) -> list[list[T]]:
 def normalised(text: str) -> str:
     """What two samples must share to be the same answer."""
     return " ".join(text.casefold().split()).strip(" .,;:!\"'")
+
+
+def without_order(shares: Mapping[str, float], key: str) -> dict[str, float]:
+    """The most frequent answer first, and those of one share in an order that has nothing to do with where they come from."""
+    return {text: shares[text] for text in sorted(shares, key=lambda text: (-shares[text], storage.seed_from(key, text)))}
 
 
 @torch.no_grad()

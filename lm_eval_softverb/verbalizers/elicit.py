@@ -26,10 +26,10 @@ from lm_eval_softverb.errors import ConfigError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
-from lm_eval_softverb.verbalizers.answers import pooled
+from lm_eval_softverb.verbalizers.answers import pooled, without_order
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.rerank import inputs_of, read_inputs, with_slot
-from lm_eval_softverb.verbalizers.telling import instruction, named
+from lm_eval_softverb.verbalizers.telling import RULE, ending, instruction, named
 
 FORMS: Mapping[Kind, str] = {"labels": "Sentence: {} Label:", "instructions": "Input: {}\nOutput:"}
 """How the DoDs write their inputs."""
@@ -89,11 +89,12 @@ class Elicit:
 
     @property
     def files(self) -> dict[str, str]:
-        """Hash of what ``inputs`` stands for: another file, other texts."""
-        if not self.inputs:
-            return {}
-        read_inputs(Path(self.inputs))
-        return {"inputs_sha256": storage.sha256_file(Path(self.inputs).expanduser())}
+        """Hashes of how an instruction names answers, and of what ``inputs`` stands for: another file, other texts."""
+        own = {"telling_sha256": storage.sha256_json([*RULE, ending({"a": 1.0}), ending({"a": 0.01, "b": 0.01})])}
+        if self.inputs:
+            read_inputs(Path(self.inputs))
+            own["inputs_sha256"] = storage.sha256_file(Path(self.inputs).expanduser())
+        return own
 
     def verbalize(
         self, backbone: Backbone, prompts: Sequence[SoftPrompt], *, kind: Kind, max_new_tokens: int
@@ -104,14 +105,20 @@ class Elicit:
             ConfigError: the model is no decoder-only one, or inputs and answers do not fit its context.
             DataError: a prompt for which ``inputs`` has none.
         """
+
+        def fits(text: str) -> bool:
+            return len(backbone.tokenizer.encode(text, add_special_tokens=False)) <= max_new_tokens
+
         out = []
         for found in self.answers(backbone, prompts, kind):
             often = {text: share for text, share in found.items() if share >= self.min_share}
-            kept = {text: found[text] for text in (named(found) if kind == "instructions" else often)}
-            while kept and len(backbone.tokenizer.encode(_text(kept, kind), add_special_tokens=False)) > max_new_tokens:
-                kept.popitem()
-            details = {"answers": {text: round(share, 4) for text, share in often.items()}, "kept": len(kept)}
-            out.append([Verbalization(_text(kept, kind), sum(kept.values()), details)])
+            kept = named(found) if kind == "instructions" else list(often)
+            write = partial(instruction, found) if kind == "instructions" else ", ".join
+            while kept and not fits(write(kept)):
+                kept.pop()
+            text, shown = write(kept), often | {text: found[text] for text in kept}
+            details = {"answers": {text: round(share, 4) for text, share in shown.items()}, "kept": len(kept)}
+            out.append([Verbalization(text if fits(text) else "", sum(found[text] for text in kept), details)])
         return out
 
     def answers(self, backbone: Backbone, prompts: Sequence[SoftPrompt], kind: Kind) -> list[dict[str, float]]:
@@ -143,7 +150,10 @@ class Elicit:
         found: list[list[str]] = [[] for _ in prompts]
         for i, a in enumerate(asked):
             found[a.prompt].append(texts[i])
-        return [{pool[0]: len(pool) / len(own) for pool in pooled(own, lambda text: text) if pool[0]} for own in found]
+        shares = [{pool[0]: len(pool) / len(own) for pool in pooled(own, lambda text: text) if pool[0]} for own in found]
+        if kind == "labels":
+            return shares
+        return [without_order(own, prompt.id) for own, prompt in zip(shares, prompts, strict=True)]
 
     @torch.no_grad()
     def _draw(self, backbone: Backbone, rows: Tensor, asked: Sequence[Asked], batch: Sequence[int]) -> list[str]:
@@ -159,10 +169,6 @@ class Elicit:
         )
         texts = (backbone.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in new)
         return [str(text).strip().partition("\n")[0].strip(" ,.") for text in texts]
-
-
-def _text(answers: Mapping[str, float], kind: Kind) -> str:
-    return instruction(answers) if kind == "instructions" else ", ".join(answers)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ EXAMPLES = 4
 CHOOSE = "In this task, you are given a text. Your task is to classify the given text."
 WRITE = "In this task, you are given a text. Your task is to write an answer to the given text."
 """All that answers alone tell about a task: to choose among a few, or to write."""
+RULE = (OFTEN, MOST_CHOICES, COVER, EXAMPLES, CHOOSE, WRITE)
+"""All of the above, for hashes."""
 
 
 def choices(answers: Mapping[str, float]) -> list[str]:
@@ -30,16 +32,19 @@ def named(answers: Mapping[str, float]) -> list[str]:
     return choices(answers) or list(answers)[:EXAMPLES]
 
 
-def ending(answers: Mapping[str, float]) -> str:
-    """The last sentence of an instruction: which answers to choose from, or how answers look; "" where there are none."""
-    if not answers:
-        return ""
-    return f"{'Answer with' if choices(answers) else 'The output is a text such as'} {_quoted(named(answers))}."
+def ending(answers: Mapping[str, float], names: Sequence[str] | None = None) -> str:
+    """The last sentence of an instruction: which answers to choose from, or how answers look; "" where there are none.
+
+    Args:
+        names: the answers to name, if not those of :func:`named`.
+    """
+    names = named(answers) if names is None else names
+    return f"{'Answer with' if choices(answers) else 'The output is a text such as'} {_quoted(names)}." if names else ""
 
 
-def instruction(answers: Mapping[str, float]) -> str:
+def instruction(answers: Mapping[str, float], names: Sequence[str] | None = None) -> str:
     """An instruction from answers alone, without training: of two kinds of task the likelier, and which answers it has."""
-    return f"{CHOOSE if choices(answers) else WRITE} {ending(answers)}".rstrip()
+    return f"{CHOOSE if choices(answers) else WRITE} {ending(answers, names)}".rstrip()
 
 
 def _quoted(texts: Sequence[str]) -> str:

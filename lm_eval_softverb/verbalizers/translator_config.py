@@ -93,8 +93,8 @@ class TranslatorConfig(FitConfig):
         kind: what its texts say: ``labels`` joined by ", ", or ``instructions``.
         rank, alpha: of LoRA.
         bos, words, answers: what stands between a prompt's vectors and its text, see :class:`Between`.
-        max_tokens: longest text; longer ones are cut there, and EOS comes behind the cut.
-        whole_sentences: cut behind the last sentence that fits instead.
+        max_tokens: longest text, without the sentence of ``name_answers``; longer ones are cut, and EOS comes behind the cut.
+        whole_sentences: cut behind the last sentence that fits, where one does.
         name_answers: behind the text, and not cut, a sentence that names what the prompt answers (``answers`` has to be on);
             the translator learns to write it, too. See :mod:`~lm_eval_softverb.verbalizers.telling`.
         label_order: of the labels in a text: shuffled anew in each epoch (with ``answers``, those among them come first and in
@@ -130,7 +130,10 @@ class TranslatorConfig(FitConfig):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1.")
         if self.name_answers and (not self.answers or self.kind == "labels"):
-            raise ConfigError("name_answers needs answers=true and kind 'instructions': a label set consists of its answers.")
+            raise ConfigError(
+                f"name_answers=true got answers={self.answers} and kind {self.kind!r}, expected answers=true and kind "
+                "'instructions' (a label set is nothing but answers). Pass answers, too, or leave out name_answers."
+            )
         _check("kind", self.kind, KINDS)
         _check("label_order", self.label_order, get_args(LabelOrder))
 

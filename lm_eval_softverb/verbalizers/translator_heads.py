@@ -22,10 +22,10 @@ from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.pretrained import cache_dir
 from lm_eval_softverb.prompt import SoftPrompt
 from lm_eval_softverb.verbalizers import Kind
-from lm_eval_softverb.verbalizers.answers import normalised
+from lm_eval_softverb.verbalizers.answers import normalised, without_order
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
 from lm_eval_softverb.verbalizers.rerank import with_slot
-from lm_eval_softverb.verbalizers.telling import ending
+from lm_eval_softverb.verbalizers.telling import RULE, ending
 from lm_eval_softverb.verbalizers.translator_config import Between
 
 ASKED: Mapping[Kind, Elicit] = {"labels": Elicit(), "instructions": Elicit(samples=4, answer_tokens=16)}
@@ -42,11 +42,11 @@ TOGETHER = 16
 """Prompts whose answers are drawn together."""
 
 
-def reads(kind: Kind, tells: bool = False) -> str:
+def reads(kind: Kind, names_answers: bool = False) -> str:
     """Hash of how answers are drawn and shown: a translator reads only what it has learnt to read.
 
     Args:
-        tells: and of how a text names them.
+        names_answers: also of how a text names them.
     """
     rules = [
         asdict(ASKED[kind]),
@@ -57,7 +57,7 @@ def reads(kind: Kind, tells: bool = False) -> str:
         REDRAWN,
         _shown({"a": 0.5, "b": 0.25}),
     ]
-    return storage.sha256_json([*rules, ending({"a": 0.5, "b": 0.25}), ending({"a": 0.1})] if tells else rules)
+    return storage.sha256_json([*rules, RULE, ending({"a": 0.5, "b": 0.25}), ending({"a": 0.1})] if names_answers else rules)
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,7 @@ def _answers(
         for first in range(0, len(unknown), TOGETHER):
             part = unknown[first : first + TOGETHER]
             for prompt, shares in zip(part, ASKED[kind].answers(backbone, part, kind), strict=True):
-                # Answers of one share in an order that has nothing to do with the inputs they belong to.
-                order = sorted(shares, key=lambda text: (-shares[text], storage.seed_from(prompt.id, text)))
-                found[prompt.id] = {text: shares[text] for text in order}
+                found[prompt.id] = without_order(shares, prompt.id)
                 storage.write_json(paths[prompt.id], found[prompt.id])
             bar.update(len(part))
     if processes:

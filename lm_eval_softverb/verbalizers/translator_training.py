@@ -116,8 +116,8 @@ def train_translator(
     storage.require_writable(out)
     pairs, counts = pairs_of(bank, config.kind, split, texts)
     forced = sorted({d for p in pairs for d in p.prompt.check_fits(backbone.fingerprint, force=force)})
-    rules = reads(config.kind, tells=config.name_answers) if config.answers else None
-    run = run_of(backbone, [config.to_json(), data_sha256(pairs), rules])
+    answers = reads(config.kind, config.name_answers) if config.answers else None
+    run = run_of(backbone, [config.to_json(), data_sha256(pairs), answers])
     if found := finished_before(out, run, overwrite):
         return found
     training, validation = held_out(pairs, config.validation, config.seed, config.share)

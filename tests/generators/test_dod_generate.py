@@ -88,8 +88,9 @@ def test_only_tasks_of_a_bank_are_paraphrased(writer, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval_softverb.data.dod.opening.open_dod", lambda source: source)
     monkeypatch.setattr("lm_eval_softverb.generators.paraphrase.paraphrase", paraphrase)
     for number in (1, 2):
-        prompt = SoftPrompt(torch.randn(2, 4))
-        Bank.save(tmp_path / f"bank{number}", [(prompt, {"prompt_id": f"p{number}", "task": f"task{number}"})])
+        entries = [{"prompt_id": "p", "task": f"task{number}", "split": "train"}]
+        entries += [{"prompt_id": "t", "task": "held out", "split": "test"}]
+        Bank.save(tmp_path / f"bank{number}", [(SoftPrompt(torch.randn(2, 4)), entry) for entry in entries])
     banks = ["--bank", tmp_path / "bank1", "--bank", tmp_path / "bank2"]
     run("paraphrase", "--out", tmp_path / "p.jsonl", "--copies", 3, "--quiet", *banks)
     assert asked == {"only": {"task1", "task2"}, "copies": 3}

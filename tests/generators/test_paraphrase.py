@@ -58,7 +58,7 @@ def test_copies_are_paraphrases_and_differ(copies, tmp_path):
 
 def test_some_tasks_first_and_the_others_later(tmp_path):
     out, first, second = tmp_path / "p.jsonl", Rewriter(), Rewriter()
-    paraphrase(Tasks(), ParaphraseConfig(), Metered(first), out, only={"task2", "secret4", "task0"})
+    paraphrase(Tasks(), ParaphraseConfig(), Metered(first), out, only={"task2", "task0"})
     assert list(read_paraphrases(out)) == ["task0", "task2"]
     least, _ = plan(ParaphraseConfig(), Tasks(), Rewriter(), only={"task2"})
     assert least.requests == 1
@@ -68,8 +68,19 @@ def test_some_tasks_first_and_the_others_later(tmp_path):
     assert len(asked) == 2 and not any("task0" in q or "task2" in q for q in asked)
     paraphrase(Tasks(), ParaphraseConfig(), Metered(third := Rewriter()), out, only={"task3"})
     assert not third.asked
-    with pytest.raises(DataError, match="secret4"):
-        paraphrase(Tasks(), ParaphraseConfig(), Metered(Rewriter()), tmp_path / "q.jsonl", only={"secret4"})
+    for wrong, message in ({"task1", "secret4"}, "1 of 2 tasks .* 'secret4'"), (set(), "no tasks"):
+        with pytest.raises(DataError, match=message):
+            paraphrase(Tasks(), ParaphraseConfig(), Metered(Rewriter()), tmp_path / "q.jsonl", only=wrong)
+
+
+def test_a_changed_definition_is_another_run_also_where_it_is_not_asked_for(tmp_path):
+    out = tmp_path / "p.jsonl"
+    paraphrase(Tasks(), ParaphraseConfig(), Metered(Rewriter()), out, only={"task0"})
+    line = json.loads(out.read_text())
+    for change in {"source_sha256": "0" * 64}, {"task": "secret4"}:
+        out.write_text(json.dumps(line | change) + "\n")
+        with pytest.raises(ArtifactError, match="another run"):
+            paraphrase(Tasks(), ParaphraseConfig(), Metered(Rewriter()), out, only={"task3"})
 
 
 class Stubborn(Rewriter):

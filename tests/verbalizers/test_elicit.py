@@ -17,7 +17,7 @@ from lm_eval_softverb.verbalizers import elicit as module
 from lm_eval_softverb.verbalizers.answers import normalised
 from lm_eval_softverb.verbalizers.base import create, settings_of
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
-from lm_eval_softverb.verbalizers.telling import instruction
+from lm_eval_softverb.verbalizers.telling import CHOOSE, instruction
 
 HARD = "kind people and"
 PLAIN = Frame()
@@ -87,9 +87,29 @@ def test_an_instruction_names_the_answers(model, monkeypatch):
     shares = {"yes": 6 / 12, "no": 4 / 12, "maybe": 1 / 12}
     assert found.text == instruction(shares) and "'yes' or 'no' or 'maybe'" in found.text
     assert found.confidence == pytest.approx(11 / 12)
-    few = len(model.tokenizer.encode(instruction({"yes": 6 / 12, "no": 4 / 12}), add_special_tokens=False))
-    [[found]] = Elicit(samples=1).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=few)
-    assert "maybe" not in found.text and found.details["kept"] == 2
+    # Less room: fewer names, and still a choice.
+    for names in (["yes", "no"], ["yes"], []):
+        text = instruction(shares, names)
+        room = len(model.tokenizer.encode(text, add_special_tokens=False))
+        [[found]] = Elicit(samples=1).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=room)
+        assert found.text == text and text.startswith(CHOOSE) and found.details["kept"] == len(names)
+    [[found]] = Elicit(samples=1).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=2)
+    assert (found.text, found.confidence) == ("", 0)
+
+
+def test_examples_of_free_answers_come_from_all_inputs(model, monkeypatch):
+    """And have their shares, however rare they are."""
+    monkeypatch.setattr(Elicit, "_draw", lambda self, b, rows, asked, batch: [f"answer {i}" for i in batch])
+    [[found]] = Elicit(samples=4).verbalize(model, soft_prompts(model, 1), kind="instructions", max_new_tokens=300)
+    numbers = [int(text.removeprefix("answer ")) for text in found.details["answers"]]
+    assert len(numbers) == 4 and max(numbers) >= 4  # the first four are one input's
+    assert set(found.details["answers"].values()) == {round(1 / 48, 4)} and found.confidence == pytest.approx(4 / 48)
+
+
+def test_another_way_to_name_answers_is_another_method(monkeypatch):
+    before = settings_of(Elicit())
+    monkeypatch.setattr(module, "RULE", (*module.RULE, "more"))
+    assert settings_of(Elicit()) != before
 
 
 def test_own_inputs_stand_as_they_are(model, tmp_path):
@@ -98,7 +118,7 @@ def test_own_inputs_stand_as_they_are(model, tmp_path):
     method = Elicit(inputs=str(file), answer_tokens=4, **SURE)
     [found] = method.answers(model, [hard_prompt(model)], "labels")
     assert list(found) == [greedy(model, "Review: good. Sentiment:", 4)]
-    assert settings_of(method)["inputs_sha256"] != settings_of(Elicit())
+    assert settings_of(method)["inputs_sha256"] and "inputs_sha256" not in settings_of(Elicit())
     file.write_text(json.dumps({"prompt_id": "other", "input": "x"}) + "\n")
     with pytest.raises(DataError, match="no unlabelled inputs"):
         Elicit(inputs=str(file)).answers(model, soft_prompts(model, 1), "labels")

@@ -38,3 +38,9 @@ def test_of_free_answers_a_few_are_examples():
 
 def test_without_answers_nothing_is_named():
     assert ending({}) == "" and named({}) == [] and instruction({}) == WRITE
+
+
+def test_fewer_names_do_not_change_what_the_task_is():
+    answers = {"yes": 0.3, "no": 0.25}
+    assert instruction(answers, ["yes"]) == f"{CHOOSE} Answer with 'yes'."
+    assert instruction(answers, []) == CHOOSE

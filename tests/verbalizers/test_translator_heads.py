@@ -13,7 +13,7 @@ from lm_eval_softverb.verbalizers import translator_heads
 from lm_eval_softverb.verbalizers.elicit import Elicit
 from lm_eval_softverb.verbalizers.translator_config import Between, config
 from lm_eval_softverb.verbalizers.translator_data import Pair, epoch_items, fixed_items, pairs_of
-from lm_eval_softverb.verbalizers.translator_heads import Head, heads
+from lm_eval_softverb.verbalizers.translator_heads import Head, heads, reads
 
 
 @pytest.fixture
@@ -144,3 +144,9 @@ def test_texts_follow_the_answers_that_stand_before_them(backbone, tmp_path):
         texts.add(item.text)
     assert len(texts) == 4  # two orders of the answers, two of the rest
     assert {epoch_items([pair], before, config(label_order="given"), e)[0].text for e in range(5)} == {pair.text}
+
+
+def test_the_rule_of_naming_answers_is_part_of_what_decides_a_run(monkeypatch):
+    plain, naming = reads("instructions"), reads("instructions", True)
+    monkeypatch.setattr(translator_heads, "RULE", (*translator_heads.RULE, "more"))
+    assert reads("instructions") == plain != naming != reads("instructions", True)

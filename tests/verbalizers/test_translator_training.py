@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_instructions(backbone, tmp_path, bank):
     found = Translator(adapter=str(tmp_path / "t")).verbalize(b, prompts, kind="instructions", max_new_tokens=30)
     assert [v.text for [v] in found] == [e["instruction"] for e in entries]
     assert TranslatorAdapter.load(tmp_path / "t").between == Between(bos=False)
+
+
+def test_an_instruction_is_cut_behind_a_sentence_and_names_the_answers(tiny, tmp_path, monkeypatch):
+    b = Backbone.load(tiny("llama", window=256), dtype="float32", device="cpu")
+    bank = toy_bank(b, tmp_path / "bank")
+    own = {p.id: {e["labels"][1]: 1.0} for p, e in zip(bank.prompts, bank.entries, strict=True)}  # stays 1 when drawn again
+    monkeypatch.setattr(Elicit, "answers", lambda self, b, prompts, kind: [own[p.id] for p in prompts])
+    monkeypatch.setenv("SOFTVERB_CACHE", str(tmp_path / "cache"))
+    bank = replace(bank, entries=tuple({**e, "instruction": f"Say it. {e['instruction']}"} for e in bank.entries))
+    most = len(b.tokenizer.encode("Say it.", add_special_tokens=False))
+    cut = {"max_tokens": most, "whole_sentences": True}
+    made = overfit(b, bank, tmp_path / "t", kind="instructions", answers=True, name_answers=True, **cut)
+    assert made.info["counts"]["texts_cut"] == len(bank.prompts)
+    prompts, entries = learnt(made, bank)
+    found = Translator(adapter=str(tmp_path / "t")).verbalize(b, prompts, kind="instructions", max_new_tokens=60)
+    assert [v.text for [v] in found] == [f"Say it. Answer with '{e['labels'][1]}'." for e in entries]
+    assert not any(v.details["cut"] for [v] in found)
 
 
 def test_with_the_prompts_own_answers_in_front(tiny, tmp_path, monkeypatch):
