@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lm_eval_softverb import storage
 from lm_eval_softverb.data.dod import Dod
-from lm_eval_softverb.endpoints.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price
-from lm_eval_softverb.errors import ArtifactError, ConfigError, DataError, OutputError
+from lm_eval_softverb.endpoints.backends import FREE, ChatBackend, ChatRequest, Metered, Plan, Price, Reply
+from lm_eval_softverb.errors import ArtifactError, BudgetExceeded, ConfigError, DataError, OutputError
 from lm_eval_softverb.generators.prompts import normalised
 
 SHORT = 25
 """Words; a definition of at most these is short already, and its paraphrase may be longer than it."""
+
+TOGETHER = 64
+"""Requests, of one task or of several."""
 
 QUESTION = (
     "Rewrite the task description below {manner}. Keep everything that decides what the answer must be, in particular the "
@@ -91,7 +94,8 @@ def paraphrase(
 ) -> dict[str, int]:
     """One line per training task in ``out``: ``task``, ``paraphrases``, ``counts``, ``usage``, ``source_sha256``, ``run``.
 
-    Each line is written at once and synced; a run that was killed goes on behind the last whole line.
+    Requests go out together, up to about TOGETHER; then the lines of their tasks are written and synced. A run that was killed
+    goes on behind the last whole line.
 
     Args:
         only: training tasks to paraphrase; None for all. The same file takes more later.
@@ -112,16 +116,24 @@ def paraphrase(
     for line in done.values():
         counts.update(line["counts"])
         meter.add_earlier(**line["usage"])
-    for number, (name, definition) in enumerate(definitions.items(), start=1):
-        if name not in done:
-            before = meter.usage.spent()
-            found, own = _one(config, meter, name, definition)
-            spent = {key: n - before[key] for key, n in meter.usage.spent().items()}
-            line = {"task": name, "paraphrases": found, "counts": own, "source_sha256": _sha(definition), "run": run}
-            _append(out, line | {"model": meter.backend.name, "usage": spent})
-            counts.update(own)
-        if progress:
-            progress(number, len(definitions), dict(counts))
+    left = [_Task(name, definition) for name, definition in definitions.items() if name not in done]
+    size, number = max(1, TOGETHER // config.copies), len(definitions) - len(left)
+    for first in range(0, len(left), size):
+        group, told = left[first : first + size], number + first
+        try:
+            for attempt in range(config.attempts):
+                _ask(config, meter, [task for task in group if len(task.found) < config.copies], attempt)
+        except BaseException:
+            group = [task for task in group if len(task.found) == config.copies]  # paid for and whole
+            raise
+        finally:
+            for more, task in enumerate(group, start=1):
+                task.counts.update(kept=len(task.found), missing=config.copies - len(task.found))
+                own = {"task": task.name, "paraphrases": task.found, "counts": dict(task.counts), "usage": dict(task.usage)}
+                _append(out, {**own, "source_sha256": _sha(task.definition), "run": run, "model": meter.backend.name})
+                counts.update(task.counts)
+                if progress:
+                    progress(told + more, len(definitions), dict(counts))
     return dict(counts)
 
 
@@ -163,17 +175,27 @@ def _definitions(dod: Dod, only: Set[str] | None) -> dict[str, str]:
     return found
 
 
-def _one(config: ParaphraseConfig, meter: Metered, name: str, definition: str) -> tuple[list[str], dict[str, int]]:
-    found: list[str] = []
-    seen = {normalised(definition)}
-    counts: Counter[str] = Counter()
-    for attempt in range(config.attempts):
-        missing = config.copies - len(found)
-        if not missing:
-            break
-        counts["asked"] += missing
-        requests = [_request(config, name, definition, len(found) + k, attempt) for k in range(missing)]
-        for reply in meter.complete(requests):
+@dataclass
+class _Task:
+    """A definition and what was written about it so far."""
+
+    name: str
+    definition: str
+    found: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    usage: Counter[str] = field(default_factory=lambda: Counter(requests=0, prompt_tokens=0, completion_tokens=0))
+
+    def requests(self, config: ParaphraseConfig, attempt: int) -> list[ChatRequest]:
+        """One for each paraphrase that is still missing."""
+        copies = range(len(self.found), config.copies)
+        return [_request(config, self.name, self.definition, copy, attempt) for copy in copies]
+
+    def take(self, replies: Sequence[Reply]) -> None:
+        """Keeps what is a paraphrase, and counts the rest by reason."""
+        seen = {normalised(text) for text in (self.definition, *self.found)}
+        for reply in replies:
+            self.usage.update(requests=1, prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+            self.counts["asked"] += 1
             text = " ".join((reply.text or "").split())
             reason = ""
             if reply.text is None:
@@ -184,16 +206,31 @@ def _one(config: ParaphraseConfig, meter: Metered, name: str, definition: str) -
                 reason = "no_words"
             elif normalised(text) in seen:
                 reason = "twice_or_unchanged"
-            elif len(text.split()) > max(SHORT, len(definition.split())):
+            elif len(text.split()) > max(SHORT, len(self.definition.split())):
                 reason = "not_condensed"
             if reason:
-                counts[reason] += 1
+                self.counts[reason] += 1
             else:
                 seen.add(normalised(text))
-                found.append(text)
-    counts["kept"] += len(found)
-    counts["missing"] += config.copies - len(found)
-    return found, dict(counts)
+                self.found.append(text)
+
+
+def _ask(config: ParaphraseConfig, meter: Metered, tasks: Sequence[_Task], attempt: int) -> None:
+    """Asks for what is missing of several tasks at once, as far as the budget is wide enough for all of them."""
+    requests = [task.requests(config, attempt) for task in tasks]
+    if not tasks:
+        return
+    try:
+        replies = meter.complete([request for own in requests for request in own])
+    except BudgetExceeded:
+        if len(tasks) == 1:
+            raise
+        for task in tasks:
+            _ask(config, meter, [task], attempt)
+        return
+    for task, own in zip(tasks, requests, strict=True):
+        task.take(replies[: len(own)])
+        replies = replies[len(own) :]
 
 
 def _request(config: ParaphraseConfig, name: str, definition: str, copy: int, attempt: int) -> ChatRequest:

@@ -11,6 +11,7 @@ from fakes import Writer, draw
 from lm_eval_softverb.data.dod import DodTask
 from lm_eval_softverb.endpoints.backends import Metered, Reply
 from lm_eval_softverb.errors import ArtifactError, BudgetExceeded, ConfigError, DataError
+from lm_eval_softverb.generators import paraphrase as module
 from lm_eval_softverb.generators.paraphrase import ParaphraseConfig, paraphrase, plan, read_paraphrases
 
 TEN = ParaphraseConfig(copies=10)
@@ -108,7 +109,8 @@ def test_refusals_are_counted_and_nothing_bad_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"task": "task2", "para'])
-def test_f03_a_killed_run_goes_on_and_ends_the_same(torn, tmp_path):
+def test_f03_a_killed_run_goes_on_and_ends_the_same(torn, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TOGETHER", 10)
     paraphrase(Tasks(), TEN, Metered(Rewriter()), tmp_path / "whole.jsonl")
     out = tmp_path / "part.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -122,6 +124,31 @@ def test_f03_a_killed_run_goes_on_and_ends_the_same(torn, tmp_path):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert counts["kept"] == 40
     assert not any("task0" in r.messages[-1]["content"] for r in writer.asked)
+
+
+@pytest.mark.parametrize(("copies", "calls"), [(1, 2), (2, 4), (10, 4)])
+def test_tasks_are_asked_about_together_and_end_the_same(copies, calls, tmp_path, monkeypatch):
+    settings = ParaphraseConfig(copies=copies)
+    paraphrase(Tasks(), settings, Metered(Rewriter()), tmp_path / "all.jsonl")
+    monkeypatch.setattr(module, "TOGETHER", 3)
+    paraphrase(Tasks(), settings, Metered(writer := Rewriter()), tmp_path / "some.jsonl")
+    assert writer.calls == calls
+    assert (tmp_path / "some.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+
+
+def test_what_an_interrupted_call_left_whole_is_kept(tmp_path):
+    """The second round of requests fails; of the four tasks one needed none."""
+
+    class Late(Rewriter):
+        def text(self, request):
+            if self.calls == 1 and "task2" not in request.messages[-1]["content"]:
+                return ""
+            return super().text(request)
+
+    out = tmp_path / "p.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        paraphrase(Tasks(), ParaphraseConfig(), Metered(Late(fail_at=2)), out)
+    assert list(read_paraphrases(out)) == ["task2"]
 
 
 def test_another_run_is_refused(tmp_path):

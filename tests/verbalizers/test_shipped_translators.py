@@ -13,6 +13,8 @@ from lm_eval_softverb.verbalizers import MAX_NEW_TOKENS
 from lm_eval_softverb.verbalizers.base import random_like
 from lm_eval_softverb.verbalizers.translator import Translator
 from lm_eval_softverb.verbalizers.translator_adapter import SHIPPED, TranslatorAdapter, shipped
+from lm_eval_softverb.verbalizers.translator_config import Between
+from lm_eval_softverb.verbalizers.translator_heads import heads
 
 BANKS = ROOT / "benchmarks" / "banks"
 
@@ -49,3 +51,15 @@ def test_it_reads_label_sets_it_has_not_seen(default):
     assert not {e["prompt_id"] for e in entries} & {*seen["training"], *seen["validation"]}
     assert mean_recall(default, prompts, entries, "labels") > 0.6
     assert mean_recall(default, random_like(prompts), entries, "labels", ends=False) == 0
+
+
+def test_instructions_end_and_name_what_the_prompt_answers(default):
+    bank = Bank.load(BANKS / "general")
+    held_out = [p for p, e in zip(bank.prompts, bank.entries, strict=True) if e["split"] == "test"][:3]
+    found = Translator(adapter="instructions").verbalize(
+        default, held_out, kind="instructions", max_new_tokens=MAX_NEW_TOKENS["instructions"]
+    )
+    for prompt, [text] in zip(held_out, found, strict=True):
+        [head] = heads(default, [prompt], Between(bos=False, answers=True), "instructions").values()
+        often = next(iter(head.shown))
+        assert not text.details["cut"] and text.text.endswith(".") and f"'{often}'" in text.text.replace("' ", "'")
