@@ -122,7 +122,8 @@ def paraphrase(
         group, told = left[first : first + size], number + first
         try:
             for attempt in range(config.attempts):
-                _ask(config, meter, [task for task in group if len(task.found) < config.copies], attempt)
+                if asked := [task for task in group if len(task.found) < config.copies]:
+                    _ask(config, meter, asked, attempt)
         except BaseException:
             group = [task for task in group if len(task.found) == config.copies]  # paid for and whole
             raise
@@ -218,8 +219,6 @@ class _Task:
 def _ask(config: ParaphraseConfig, meter: Metered, tasks: Sequence[_Task], attempt: int) -> None:
     """Asks for what is missing of several tasks at once, as far as the budget is wide enough for all of them."""
     requests = [task.requests(config, attempt) for task in tasks]
-    if not tasks:
-        return
     try:
         replies = meter.complete([request for own in requests for request in own])
     except BudgetExceeded:

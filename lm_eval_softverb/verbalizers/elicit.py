@@ -29,7 +29,7 @@ from lm_eval_softverb.verbalizers import Kind
 from lm_eval_softverb.verbalizers.answers import pooled, without_order
 from lm_eval_softverb.verbalizers.base import Verbalization
 from lm_eval_softverb.verbalizers.rerank import inputs_of, read_inputs, with_slot
-from lm_eval_softverb.verbalizers.telling import RULE, ending, instruction, named
+from lm_eval_softverb.verbalizers.telling import RULE, instruction, named
 
 FORMS: Mapping[Kind, str] = {"labels": "Sentence: {} Label:", "instructions": "Input: {}\nOutput:"}
 """How the DoDs write their inputs."""
@@ -90,7 +90,7 @@ class Elicit:
     @property
     def files(self) -> dict[str, str]:
         """Hashes of how an instruction names answers, and of what ``inputs`` stands for: another file, other texts."""
-        own = {"telling_sha256": storage.sha256_json([*RULE, ending({"a": 1.0}), ending({"a": 0.01, "b": 0.01})])}
+        own = {"telling_sha256": storage.sha256_json(RULE)}
         if self.inputs:
             read_inputs(Path(self.inputs))
             own["inputs_sha256"] = storage.sha256_file(Path(self.inputs).expanduser())

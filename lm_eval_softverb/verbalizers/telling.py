@@ -13,7 +13,10 @@ EXAMPLES = 4
 CHOOSE = "In this task, you are given a text. Your task is to classify the given text."
 WRITE = "In this task, you are given a text. Your task is to write an answer to the given text."
 """All that answers alone tell about a task: to choose among a few, or to write."""
-RULE = (OFTEN, MOST_CHOICES, COVER, EXAMPLES, CHOOSE, WRITE)
+CHOICES_ARE = "Answer with {}."
+LOOKS_LIKE = "The output is a text such as {}."
+QUOTED, OR = "'{}'", " or "
+RULE = (OFTEN, MOST_CHOICES, COVER, EXAMPLES, CHOOSE, WRITE, CHOICES_ARE, LOOKS_LIKE, QUOTED, OR)
 """All of the above, for hashes."""
 
 
@@ -39,13 +42,10 @@ def ending(answers: Mapping[str, float], names: Sequence[str] | None = None) -> 
         names: the answers to name, if not those of :func:`named`.
     """
     names = named(answers) if names is None else names
-    return f"{'Answer with' if choices(answers) else 'The output is a text such as'} {_quoted(names)}." if names else ""
+    sentence = CHOICES_ARE if choices(answers) else LOOKS_LIKE
+    return sentence.format(OR.join(QUOTED.format(text) for text in names)) if names else ""
 
 
 def instruction(answers: Mapping[str, float], names: Sequence[str] | None = None) -> str:
     """An instruction from answers alone, without training: of two kinds of task the likelier, and which answers it has."""
     return f"{CHOOSE if choices(answers) else WRITE} {ending(answers, names)}".rstrip()
-
-
-def _quoted(texts: Sequence[str]) -> str:
-    return " or ".join(f"'{text}'" for text in texts)

@@ -19,8 +19,7 @@ from lm_eval_softverb.bank import Bank
 from lm_eval_softverb.errors import ConfigError, DataError
 from lm_eval_softverb.frame import virtual_ids
 from lm_eval_softverb.prompt import SoftPrompt
-from lm_eval_softverb.verbalizers import Kind
-from lm_eval_softverb.verbalizers.telling import ending
+from lm_eval_softverb.verbalizers import Kind, telling
 from lm_eval_softverb.verbalizers.translator_config import TranslatorConfig
 from lm_eval_softverb.verbalizers.translator_heads import Head, Heads, plain_ids
 
@@ -170,7 +169,7 @@ def epoch_items(pairs: Sequence[Pair], before: Heads, config: TranslatorConfig, 
 
 
 def _item(prompt: SoftPrompt, head: Head, text: str, config: TranslatorConfig) -> Item:
-    return Item(prompt, head, text, ending(head.shown) if config.name_answers else "")
+    return Item(prompt, head, text, telling.ending(head.shown) if config.name_answers else "")
 
 
 def target_ids(

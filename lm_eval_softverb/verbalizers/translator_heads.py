@@ -25,7 +25,7 @@ from lm_eval_softverb.verbalizers import Kind
 from lm_eval_softverb.verbalizers.answers import normalised, without_order
 from lm_eval_softverb.verbalizers.elicit import FORMS, NEUTRAL, Elicit
 from lm_eval_softverb.verbalizers.rerank import with_slot
-from lm_eval_softverb.verbalizers.telling import RULE, ending
+from lm_eval_softverb.verbalizers.telling import RULE
 from lm_eval_softverb.verbalizers.translator_config import Between
 
 ASKED: Mapping[Kind, Elicit] = {"labels": Elicit(), "instructions": Elicit(samples=4, answer_tokens=16)}
@@ -57,7 +57,7 @@ def reads(kind: Kind, names_answers: bool = False) -> str:
         REDRAWN,
         _shown({"a": 0.5, "b": 0.25}),
     ]
-    return storage.sha256_json([*rules, RULE, ending({"a": 0.5, "b": 0.25}), ending({"a": 0.1})] if names_answers else rules)
+    return storage.sha256_json([*rules, RULE] if names_answers else rules)
 
 
 @dataclass(frozen=True)
